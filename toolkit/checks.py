@@ -6,11 +6,10 @@ and on their inner tensors nothing is read, so the same function still vmaps, di
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
-from beartype import beartype
-from jaxtyping import jaxtyped
 from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable)
@@ -18,8 +17,23 @@ _BLOCK = 1 << 18  # values that are checked at a time
 
 
 def typed(function: _Function) -> _Function:
-    """Check the shapes and types that ``function``'s signature states, on every call."""
-    return jaxtyped(typechecker=beartype)(function)
+    """Check the shapes and types that ``function``'s signature states, on every call.
+
+    The checker is made when the function is first called: making all of them would double the time of an import.
+    """
+
+    @cache
+    def checked() -> Callable[..., Any]:
+        from beartype import beartype
+        from jaxtyping import jaxtyped
+
+        return jaxtyped(typechecker=beartype)(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return checked()(*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 def readable(tensor: Tensor) -> bool:

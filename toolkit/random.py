@@ -7,7 +7,6 @@ fleet of any size: this is what makes member *i* of a fleet independent of its n
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +20,13 @@ _SLOT_BITS = 20  # one width for all sizes up to a million: the order of the fir
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MULTIPLIER_1
-    x = (x ^ _shift(x, 27)) * _MULTIPLIER_2
-    return x ^ _shift(x, 31)
+    x = _shift(x, 30).bitwise_xor_(x).mul_(_MULTIPLIER_1)  # in place on new tensors: memory is what this waits for
+    x = _shift(x, 27).bitwise_xor_(x).mul_(_MULTIPLIER_2)
+    return _shift(x, 31).bitwise_xor_(x)
 
 
 def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
@@ -80,6 +79,8 @@ def shuffled_slots(key: Tensor, size: int, counts: Tensor | None = None) -> Tens
     if counts is not None:
         packed = torch.where(slots < counts[..., None], packed, slots | (torch.iinfo(torch.int64).max & (-1 << width)))
     if packed.device.type == "cpu" and readable(packed):
+        import numpy as np  # here: torch alone does without it
+
         packed = torch.from_numpy(np.sort(packed.numpy(), axis=-1))  # several times faster than torch.sort
     else:
         packed = packed.sort(-1).values

@@ -67,9 +67,11 @@ def event_blocks(probabilities: Tensor, labels: Tensor) -> Iterator[tuple[Tensor
         require_labels("labels", labels, 2)
         yield from zip(probabilities.split(BLOCK), labels.split(BLOCK), strict=True)
         return
-    require_classified(probabilities, labels)
+    require_items(probabilities)
     bare = readable(probabilities) and probabilities.dtype == torch.float32 and not probabilities.requires_grad
     for rows, true in zip(probabilities.split(BLOCK), labels.long().split(BLOCK), strict=True):
+        require_probabilities("probabilities", rows)  # here, so that each value is read from memory once
+        require_labels("labels", true, probabilities.shape[1])
         # The bits of floats that are not negative order like integers, whose maximum needs no care for NaN: twice as
         # fast where no gradient is asked for. The checks have excluded NaN, and each row has a positive entry.
         top = rows.view(torch.int32).amax(-1).view(torch.float32) if bare else rows.amax(-1)
@@ -129,7 +131,7 @@ def assign(values: Tensor, bins: int, inner: Tensor | None) -> Tensor:
     if inner is not None:
         return torch.searchsorted(inner, values.contiguous())
     slack = 1 - 2 * torch.finfo(values.dtype).eps
-    return (values * (bins * slack)).long().clamp(0, bins - 1)  # an edge k / bins stays just below k
+    return (values * (bins * slack)).clamp_(0, bins - 1).long()  # an edge k / bins stays just below k
 
 
 def totals(index: Tensor, bins: int, values: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ Fitted = TypeVar("Fitted", bound="Calibrator")
 def fit_temperature(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
     """The temperature T that minimises the mean cross-entropy of softmax(logits / T); works under ``vmap``.
 
-    With β = 1/T and p = softmax(β z), the optimum has E[max z − E_p z] = E[max z − z_y]. Eight Newton steps on the
-    logarithm of that equation, in log β and of at most one unit each, start at β = 1 / (root mean square of the centred
-    logits). So fit(s·z) = s · fit(z), and T stays within e^±8 times that root mean square: T is at the lower bound
-    where every label has the largest logit (the optimum would be 0), at the upper one where the labels' logits
+    With β = 1/T and p = softmax(β z), the optimum has E[max z − E_p z] = E[max z − z_y]. At most eight Newton steps on
+    the logarithm of that equation, in log β and of at most one unit each, start at β = 1 / (root mean square of the
+    centred logits). So fit(s·z) = s · fit(z), and T stays within e^±8 times that root mean square: T is at the lower
+    bound where every label has the largest logit (the optimum would be 0), at the upper one where the labels' logits
     are on average no larger than the others (the optimum would be infinite), and 1 where all logits are equal. T is a
     fitted constant: it carries no gradient.
 
@@ -56,7 +56,10 @@ def fit_temperature(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, 
         lost, variance = _moments(inverse, below)
         step = (lost.clamp_min(tiny).log() - missed.clamp_min(tiny).log()) * lost / (variance.clamp_min(tiny) * inverse)
         step = torch.where((lost > tiny) & ~blind, step.clamp(-1, 1), -1.0)
-        inverse = inverse * torch.where(missed > 0, step, 1.0).exp()
+        step = torch.where(missed > 0, step, 1.0)
+        inverse = inverse * step.exp()
+        if readable(step) and bool(step.square() < torch.finfo(logits.dtype).eps):
+            break  # the next step would be no larger than rounding
     return torch.where(flat, 1.0, 1 / inverse)
 
 

@@ -37,14 +37,12 @@ Targets = Int[Tensor, "batch"] | Float[Tensor, "batch classes"]
 
 @typed
 def log_softmax(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
-    """Log-probabilities z_k − log Σ_j exp z_j, the sum taken after subtracting each row's maximum.
+    """Log-probabilities z_k − log Σ_j exp z_j.
 
-    Built of elementwise operations and reductions only, so it keeps the memory layout of ``logits``: with the class
-    dimension strided (``(members, classes, batch)`` seen as ``(members, batch, classes)``) it still runs along the
-    batch.
+    Computed with the batch in the last dimension, where it runs over contiguous memory: several times faster for few
+    classes, and free where ``logits`` already are a transposed ``(members, classes, batch)``.
     """
-    shifted = _shift(logits)
-    return shifted - shifted.exp().sum(-1, keepdim=True).log()
+    return _log_softmax(logits)
 
 
 @typed
@@ -58,8 +56,7 @@ def cross_entropy(logits: Float[Tensor, "batch classes"], labels: Targets) -> Fl
         require_probabilities("labels", labels)
         return -(labels * log_softmax(logits)).sum(-1)
     require_labels("labels", labels, logits.shape[-1])
-    shifted = _shift(logits)
-    return shifted.exp().sum(-1).log() - _pick(shifted, labels)
+    return -_pick(_log_softmax(logits), labels)
 
 
 @typed
@@ -296,14 +293,13 @@ def pass_at_n_from_samples(correct: Int[Tensor, "batch"], samples: int, n: int) 
     return (1 - factors.prod(-1)).mean().to(torch.get_default_dtype())
 
 
-def _shift(logits: Tensor) -> Tensor:
-    """Logits minus their row's maximum, which changes no softmax and needs no gradient."""
-    return logits - logits.detach().amax(-1, keepdim=True)
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.mT.log_softmax(-2).mT
 
 
 def _pick(values: Tensor, labels: Tensor) -> Tensor:
     """The entry of each row at its label."""
-    return values.gather(-1, labels[:, None])[:, 0]
+    return values.mT.gather(-2, labels[None])[0]
 
 
 def _is_label(logits: Tensor, labels: Tensor) -> Tensor:

@@ -128,14 +128,15 @@ class _Step:
         x = self.own["x"][0] if "x" in self.own else task.data.get("x")
         self.fast = task.fast and has_fast_path(self.module, x, fleet.parameters.dtype)
         self.seen: list[bool] = []
+        self.written: tuple[str, ...] = ()
         self.gradient = torch.zeros_like(fleet.parameters)
 
-    def one(self, parameters, fields, hyper, frozen, weight, known):
-        """The loss of one member (runs under vmap)."""
+    def one(self, parameters, fields, hyper, known, weight, *frozen):
+        """The loss of one member (runs under vmap), and the memory rows to write, named by ``self.written``."""
         batch = Fields(fields)
-        for name, values in frozen.items():
+        for name, values in zip(self.frozen, frozen, strict=True):
             batch[name] = Member(self.frozen_modules[name], values)
-        ready = Known(batch["x"], known[0], known[1], self.seen) if known else None
+        ready = Known(batch["x"], known["logits"], known["features"], self.seen) if known else None
         result = self.task.loss(Member(self.module, parameters, ready), batch, Fields(hyper))
         values, written = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         size = tuple(fields["index"].shape)
@@ -148,8 +149,8 @@ class _Step:
                 raise ValueError(f"loss: expected to write only {sorted(self.fleet.memory)}, got {name!r}")
             if rows.shape != (expected := fields[name].shape):
                 raise ValueError(f"loss: expected rows {tuple(expected)} for memory {name!r}, got {tuple(rows.shape)}")
-        value = values.mean() if weight is None else (weight * values).mean()
-        return value, {name: rows.detach() for name, rows in written.items()}
+        self.written = tuple(written)
+        return (weight["weight"] * values if weight else values).mean(), *(rows.detach() for rows in written.values())
 
     def __call__(self, index: Tensor, keys: Tensor, progress: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``(members,)`` and memory rows to write; the gradient is left in ``self.gradient``."""
@@ -158,10 +159,16 @@ class _Step:
         for source in (self.own, self.fleet.memory):
             fields |= {name: value[self.members, index] for name, value in source.items()}
         fields |= {"index": index, "key": keys, "progress": progress}
-        weight = None if self.weights is None else self.weights[self.members, index]
-        known = fast_forward(self.leaves, fields["x"]) if self.fast else ()
-        dims = (0, 0, 0, 0, None if weight is None else 0, 0 if known else None)
-        losses, written = torch.vmap(self.one, dims)(self.leaves, fields, self.hyper, self.frozen, weight, known)
+        weight = {} if self.weights is None else {"weight": self.weights[self.members, index]}
+        known = fast_forward(self.leaves, fields["x"]) if self.fast else {}
+        groups = [self.leaves, fields, self.hyper, known, weight, *self.frozen.values()]
+
+        def one(*values: Tensor):  # a flat list: vmap's own walk through nested containers takes longer than a loss
+            rest = iter(values)
+            return self.one(*({name: next(rest) for name in group} for group in groups))
+
+        losses, *rows = torch.vmap(one)(*(value for group in groups for value in group.values()))
+        written = dict(zip(self.written, rows, strict=True))
         if not losses.requires_grad:
             raise ValueError("loss: expected values that depend on the model's parameters, got constants")
         gradients = torch.autograd.grad(losses.sum(), list(self.leaves.values()), materialize_grads=True)
@@ -192,15 +199,13 @@ def _train_chunk(task: Task, fleet: Fleet, rows: slice) -> Fleet:
         step_keys = fold_in(noise, times)
         for i in range(last - now):
             losses, written = step(plan[i], step_keys[i], progress[i])
-            gradient = step.gradient
-            sound = losses.isfinite() & gradient.sum(1).isfinite()
-            fleet.history[:, now] = torch.where(active[i] & alive, losses.to(fleet.history.dtype), float("nan"))
-            broke = alive & ~sound & active[i]
-            failed = torch.where(broke, now, failed)
-            alive = alive & ~broke
-            moving = alive & active[i]
-            scale = rate * factors[i, :, None]
-            if place.type != "cpu" or not bool(moving.all()):  # looking is free on a CPU, a wait elsewhere
+            gradient, scale, moving = step.gradient, rate * factors[i, :, None], alive & active[i]
+            fleet.history[:, now] = torch.where(moving, losses.to(fleet.history.dtype), float("nan"))
+            # looking is free on a CPU, a wait elsewhere: there one sum tells that nothing is amiss
+            if place.type != "cpu" or not (moving.all() and (losses.sum() + gradient.sum()).isfinite()):
+                broke = moving & ~(losses.isfinite() & gradient.sum(1).isfinite())
+                failed = torch.where(broke, now, failed)
+                alive, moving = alive & ~broke, moving & ~broke
                 gradient = torch.where(moving[:, None], gradient, 0)
                 scale = torch.where(moving[:, None], scale, 0)
             task.optimiser.apply(fleet.parameters, gradient, fleet.state, scale, decay, now)

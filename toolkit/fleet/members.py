@@ -106,7 +106,7 @@ def has_fast_path(module: nn.Module, x: Tensor | None, dtype: torch.dtype) -> bo
     return type(module) is MLP and x is not None and x.dtype == dtype and x[0].numel() == module.inputs
 
 
-def fast_forward(parameters: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def fast_forward(parameters: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     """Logits and features of a fleet of MLPs for inputs ``(members, batch, ...)``.
 
     Batched matrix products on ``(members, features, batch)``: with the batch last, activations, softmax and gradients
@@ -116,6 +116,9 @@ def fast_forward(parameters: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, T
     depth = sum(name.startswith("layers.") for name in parameters) // 2
     h = x.flatten(2).mT
     for i in range(depth):
-        h = torch.baddbmm(parameters[f"layers.{i}.bias"][:, :, None], parameters[f"layers.{i}.weight"], h).relu()
-    logits = torch.baddbmm(parameters["head.bias"][:, :, None], parameters["head.weight"], h)
-    return logits.mT, h.mT
+        h = _affine(parameters, f"layers.{i}", h).relu_()
+    return {"logits": _affine(parameters, "head", h).mT, "features": h.mT}
+
+
+def _affine(parameters: Mapping[str, Tensor], layer: str, h: Tensor) -> Tensor:
+    return torch.bmm(parameters[f"{layer}.weight"], h).add_(parameters[f"{layer}.bias"][:, :, None])

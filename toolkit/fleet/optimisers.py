@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_TINY = 1e-37  # the square root of an exact 0 takes a slow path on a CPU; this one's is far below any epsilon
+
 
 class Optimiser(Protocol):
     """What the training loop needs of an optimiser."""
@@ -83,7 +85,7 @@ class Adam:
         correction1, correction2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
         state["mean"].lerp_(gradient, 1 - beta1)
         state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = state["square"].sqrt().add_(self.eps * correction2**0.5)
+        scale = state["square"].add(_TINY).sqrt_().add_(self.eps * correction2**0.5)
         direction = torch.div(state["mean"], scale, out=scale)
         parameters.addcmul_(direction, rate, value=-(correction2**0.5) / correction1)
 
