@@ -83,10 +83,11 @@ def snr(x: Float[Tensor, "rows dim"], y: Float[Tensor, "columns dim"]) -> Float[
     of x and y is 1/√(1+d). An anchor whose coordinates are all equal has no signal: its distances are 0.
     Source: Yuan et al. 2019, "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", eq. 3.
     """
+    smallest = (4 * torch.finfo(x.dtype).eps) ** 2 * (x * x).sum(-1)[:, None]  # what rounding leaves of equal numbers
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     signal = (x * x).sum(-1)[:, None]
     noise = (signal + (y * y).sum(-1) - 2 * (x @ y.mT)).clamp_min(0)
-    return torch.where(signal > 0, noise / torch.where(signal > 0, signal, 1), 0)
+    return torch.where(signal > smallest, noise / torch.where(signal > smallest, signal, 1), 0)
 
 
 @_measure(far_is_large=False)
