@@ -1,7 +1,11 @@
-"""The checks of exercises: solutions, stubs and mistakes; and the solutions against oracles of their own."""
+"""The checks of exercises: solutions, stubs and mistakes of every lab; calibration's solutions against oracles.
+
+The oracles of the other labs' solutions stand with the tests of their topic.
+"""
 
 import inspect
 import math
+import pkgutil
 import re
 
 import numpy as np
@@ -10,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.exercises import EXERCISES, Exercise, check
-from toolkit.exercises import calibration as room
+import toolkit.exercises
+from toolkit.exercises import EXERCISES, Exercise, calibration, check, metric_learning
 
+LABS = (calibration, metric_learning)
 NAMES = list(EXERCISES)
 MISTAKES = [(name, mistake) for name in NAMES for mistake in EXERCISES[name].misconceptions]
 
@@ -32,8 +37,14 @@ def outcomes(exercise: Exercise, function) -> list:
 
 
 def test_there_are_enough() -> None:
-    assert len(NAMES) >= 7
-    assert sorted(NAMES) == sorted(getattr(room, name).name for name in room.__all__)
+    assert all(len(lab.__all__) >= 7 for lab in LABS)
+    assert sorted(NAMES) == sorted(getattr(lab, name).name for lab in LABS for name in lab.__all__)
+
+
+def test_every_lab_is_here() -> None:
+    assert {lab.__name__.rpartition(".")[2] for lab in LABS} == {
+        module.name for module in pkgutil.iter_modules(toolkit.exercises.__path__)
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,7 +212,7 @@ def test_temperature_against_scipy(t, rng) -> None:
     from scipy.special import softmax
 
     z, _ = examples(rng)
-    found = room.temperature_probabilities(torch.tensor(100 * z), t)
+    found = calibration.temperature_probabilities(torch.tensor(100 * z), t)
     assert found.numpy() == pytest.approx(softmax(100 * z / t, axis=1), abs=1e-12)
 
 
@@ -209,7 +220,7 @@ def test_temperature_against_scipy(t, rng) -> None:
 def test_slope_against_a_difference_quotient(t, rng) -> None:
     z, y = examples(rng)
     quotient = (nll(z, y, t + 1e-5) - nll(z, y, t - 1e-5)) / 2e-5
-    assert room.nll_slope(torch.tensor(z), torch.tensor(y), t) == pytest.approx(quotient, rel=1e-6)
+    assert calibration.nll_slope(torch.tensor(z), torch.tensor(y), t) == pytest.approx(quotient, rel=1e-6)
 
 
 @pytest.mark.parametrize("bins", [1, 4, 8, 15])
@@ -219,13 +230,13 @@ def test_ece_against_torchmetrics(bins, rng) -> None:
     confidence = torch.tensor(rng.random(200)).float()
     correct = torch.tensor(rng.random(200) < 0.6).float()
     oracle = binary_calibration_error(confidence, correct.long(), n_bins=bins).item()
-    assert room.ece_by_hand(confidence, correct, bins) == pytest.approx(oracle, abs=1e-6)
+    assert calibration.ece_by_hand(confidence, correct, bins) == pytest.approx(oracle, abs=1e-6)
 
 
 def test_ece_at_the_edges() -> None:
-    assert room.ece_by_hand(torch.tensor([1.0]), torch.tensor([0.0]), 10) == 1.0
+    assert calibration.ece_by_hand(torch.tensor([1.0]), torch.tensor([0.0]), 10) == 1.0
     pair = torch.tensor([0.5, 0.75]), torch.tensor([1.0, 0.0])
-    assert room.ece_by_hand(*pair, 2) == pytest.approx(0.5 * 0.5 + 0.5 * 0.75)
+    assert calibration.ece_by_hand(*pair, 2) == pytest.approx(0.5 * 0.5 + 0.5 * 0.75)
 
 
 def test_brier_against_scikit_learn(rng) -> None:
@@ -234,12 +245,12 @@ def test_brier_against_scikit_learn(rng) -> None:
 
     z, y = examples(rng, 60, 2)
     p = softmax(z, axis=1)
-    found = room.brier_score(torch.tensor(p), torch.tensor(y))
+    found = calibration.brier_score(torch.tensor(p), torch.tensor(y))
     assert found == pytest.approx(2 * brier_score_loss(y, p[:, 1]), rel=1e-12)
     z, y = examples(rng)
     p = softmax(z, axis=1)
     loop = np.mean([sum((p[i, k] - (k == y[i])) ** 2 for k in range(4)) for i in range(len(y))])
-    assert room.brier_score(torch.tensor(p), torch.tensor(y)) == pytest.approx(loop, rel=1e-12)
+    assert calibration.brier_score(torch.tensor(p), torch.tensor(y)) == pytest.approx(loop, rel=1e-12)
 
 
 @given(st.integers(1, 30), st.sampled_from([1 / 32, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 7 / 8]))
@@ -250,12 +261,12 @@ def test_conformal_threshold_is_the_least_that_covers(n, alpha) -> None:
     candidates = [*sorted(scores.tolist()), math.inf]
     covered = [(scores <= c).sum().item() + (c == math.inf) for c in candidates]
     oracle = next(c for c, k in zip(candidates, covered, strict=True) if k >= (n + 1) * (1 - alpha))
-    assert room.conformal_threshold(scores, alpha) == oracle
+    assert calibration.conformal_threshold(scores, alpha) == oracle
 
 
 def test_smoothed_targets_against_torch(rng) -> None:
     z, y = examples(rng)
-    target = room.smoothed_targets(torch.tensor(y), 4, 0.2)
+    target = calibration.smoothed_targets(torch.tensor(y), 4, 0.2)
     assert target.sum(1).numpy() == pytest.approx(np.ones(len(y)))
     logits = torch.tensor(z)
     oracle = torch.nn.functional.cross_entropy(logits, torch.tensor(y), label_smoothing=0.2, reduction="none")
@@ -267,7 +278,7 @@ def test_half_width_against_scipy(rng) -> None:
 
     a, b = rng.normal(size=7), rng.normal(size=7)
     oracle = stats.ttest_rel(a, b).confidence_interval(0.95)
-    found = room.half_width(torch.tensor(a), torch.tensor(b), float(stats.t.ppf(0.975, 6)))
+    found = calibration.half_width(torch.tensor(a), torch.tensor(b), float(stats.t.ppf(0.975, 6)))
     assert found == pytest.approx((oracle.high - oracle.low) / 2, rel=1e-9)
 
 
@@ -275,7 +286,7 @@ def test_expected_bias_by_simulation(rng) -> None:
     confidence, count = np.array([0.3, 0.5, 0.75]), np.array([400, 900, 700])
     right = rng.binomial(count, confidence, (20000, 3)) / count
     errors = (np.abs(right - confidence) * count / count.sum()).sum(1)
-    found = room.expected_bias(torch.tensor(confidence), torch.tensor(count).double())
+    found = calibration.expected_bias(torch.tensor(confidence), torch.tensor(count).double())
     assert abs(found - errors.mean()) < 4 * errors.std() / math.sqrt(20000) + 2e-5
 
 
@@ -283,5 +294,5 @@ def test_aurc_by_a_loop(rng) -> None:
     confidence, correct = rng.random(25), (rng.random(25) < 0.7).astype(float)
     order = sorted(range(25), key=lambda index: -confidence[index])
     risks = [np.mean([1 - correct[index] for index in order[:k]]) for k in range(1, 26)]
-    found = room.aurc_by_hand(torch.tensor(confidence), torch.tensor(correct))
+    found = calibration.aurc_by_hand(torch.tensor(confidence), torch.tensor(correct))
     assert found == pytest.approx(np.mean(risks), rel=1e-12)

@@ -104,7 +104,7 @@ def regularised_error(
     The mean over all items is the objective whose minimum :func:`collapsed_solution` gives, so train on full batches.
     ``parameters`` are the model's tensors by name; l_j = ``weight_decay``, one number or one per layer, the head last;
     l_H = ``feature_decay``. A bias is not decayed. Source: Dang et al. 2023, "Neural Collapse in Deep Linear Networks:
-    From Balanced to Imbalanced Data", eq. 1. Raises ``ValueError`` for labels out of range, and as many decays as
+    From Balanced to Imbalanced Data". Raises ``ValueError`` for labels out of range, and as many decays as
     there are not layers.
     """
     require_labels("labels", labels, logits.shape[-1])
@@ -180,7 +180,7 @@ def near_collapse(
     H = (Wᵀ W + (λ_H + μ) I)⁻¹ (Wᵀ Y + μ H⁰), N items, K classes, one item per column. The loss never rises; a step
     costs dim³, whatever the number of items. μ = ``proximity`` → ∞ keeps H⁰; μ = 0 is the model of
     :func:`collapsed_solution` with one layer, l_W = λ_W / K and l_H = λ_H / N. Float64 inside. Source: Tirer, Huang &
-    Niles-Weed 2023, "Perturbation Analysis of Neural Collapse", section 3, for balanced classes; the objective's
+    Niles-Weed 2023, "Perturbation Analysis of Neural Collapse", for balanced classes; the objective's
     normalisation is a reading that is not confirmed, and classes of other sizes are an extension.
 
     Raises ``ValueError`` for features that are not finite, labels outside 0 .. classes - 1, ``weight_decay`` ≤ 0, a

@@ -36,7 +36,7 @@ def class_balanced_weights(
     The mean over a batch of w_y · loss is taken as it is, not divided by the sum of the weights. β in [0, 1]: 0 gives
     all weights 1, 1 (the limit) weights in proportion to 1/n_k; between them 1/(1-β) is the number of examples from
     which on more of them add little. Float64 inside; the type is that of ``counts``, the default type for integers.
-    Source: Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", eq. 2 and section 4. Raises
+    Source: Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples". Raises
     ``ValueError`` for counts that are not greater than 0 and β outside [0, 1].
     """
     require_positive("counts", counts)
@@ -93,7 +93,7 @@ def max_norm(weights: Float[Tensor, "classes dim"], limit: Scalar) -> Float[Tens
     """Rows longer than ``limit`` are scaled to it, others stay: the nearest weights within the limit.
 
     Applied after each step it is projected gradient descent. Source: Alshammari et al. 2022, "Long-Tailed Recognition
-    via Weight Balancing", eq. 4. Raises ``ValueError`` for weights that are not finite and a limit ≤ 0.
+    via Weight Balancing". Raises ``ValueError`` for weights that are not finite and a limit ≤ 0.
     """
     require_finite("weights", weights)
     require_positive("limit", limit)
@@ -107,7 +107,7 @@ def tau_normalise(weights: Float[Tensor, "classes dim"], tau: Scalar = 1.0) -> F
     """w_k / |w_k|^τ after training: τ = 0 changes nothing, 1 makes all rows equally long, above 1 the tail longer.
 
     A row of zeros stays. Source: Kang et al. 2020, "Decoupling Representation and Classifier for Long-Tailed
-    Recognition", eq. 3. Raises ``ValueError`` for weights that are not finite and a negative τ.
+    Recognition". Raises ``ValueError`` for weights that are not finite and a negative τ.
     """
     require_finite("weights", weights)
     require_range("tau", tau, 0, math.inf)
@@ -122,7 +122,7 @@ def additive_adjustment(
     """z_k - τ log π_k at test time: with τ = 1 and true posteriors, the posterior under equal priors, exactly.
 
     π = ``priors``, the training shares. With + in place of -, a negative ``tau``, during training it is the balanced
-    softmax. Source: Menon et al. 2021, "Long-Tail Learning via Logit Adjustment", eq. 9. Raises ``ValueError`` for
+    softmax. Source: Menon et al. 2021, "Long-Tail Learning via Logit Adjustment". Raises ``ValueError`` for
     logits that are not finite and priors that are not probabilities above 0.
     """
     _require_priors(logits, priors)

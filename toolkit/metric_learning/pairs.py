@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from toolkit.calibration.losses import log_softmax, require_range
-from toolkit.checks import require_positive, typed
+from toolkit.checks import readable, require_positive, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, require_finite, shared
 from toolkit.metric_learning.similarities import Measure, cosine, precomputed, squared_euclidean
 
@@ -152,8 +152,15 @@ def pair_weights(
     for Deep Metric Learning". Raises what the loss raises.
     """
     require_finite("similarities", similarities)
-    gradient = torch.func.grad(lambda table: loss(table, labels, similarity=precomputed, **options).sum())
-    return gradient(similarities).abs()
+
+    def total(table: Tensor) -> Tensor:
+        return loss(table, labels, similarity=precomputed, **options).sum()
+
+    if not readable(similarities):
+        return torch.func.grad(total)(similarities).abs()
+    table = similarities.detach().requires_grad_()  # plain autograd: the first call of torch.func.grad takes seconds
+    with torch.enable_grad():
+        return torch.autograd.grad(total(table), table, materialize_grads=True)[0].abs()
 
 
 @typed

@@ -48,7 +48,7 @@ def _measure(far_is_large: bool) -> Callable[[Table], Measure]:
 
 @typed
 def normalise(x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-    """Rows scaled to length 1 (Euclidean); a row of zeros stays zero, with gradient zero."""
+    """Rows scaled to length 1 (Euclidean); a row of zeros stays zero, with a finite gradient."""
     square = (x * x).sum(-1, keepdim=True)
     return x * torch.where(square > 0, square, 1).rsqrt()
 
@@ -56,7 +56,8 @@ def normalise(x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
 @_measure(far_is_large=False)
 def cosine(x: Float[Tensor, "rows dim"], y: Float[Tensor, "columns dim"]) -> Float[Tensor, "rows columns"]:
     """Cosine similarity x·y / (|x| |y|), in [-1, 1]; 0 with a row of zeros."""
-    return normalise(x) @ normalise(y).mT
+    unit = normalise(x)
+    return unit @ (unit if y is x else normalise(y)).mT
 
 
 @_measure(far_is_large=True)

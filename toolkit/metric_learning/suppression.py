@@ -52,7 +52,7 @@ def spectral_contrastive(
     image labels all but the image's own views, so set ``push_positives`` to False. Both means then have the
     expectation of the loss over the population. Pulls are averaged over the anchors that have a positive.
     A pull weighs -2 / (positives), a push 2 s / (others). Source: HaoChen et al. 2021, "Provable Guarantees for
-    Self-Supervised Deep Learning with Spectral Contrastive Loss", section 3. Raises ``ValueError`` for embeddings that
+    Self-Supervised Deep Learning with Spectral Contrastive Loss". Raises ``ValueError`` for embeddings that
     are not finite.
     """
     require_finite("embeddings", embeddings)
@@ -66,7 +66,9 @@ def spectral_contrastive(
 
 @typed
 def spectral_solution(
-    second_moment: Float[Tensor, "dim dim"], positive_moment: Float[Tensor, "dim dim"], dimension: Scalar
+    second_moment: Float[Tensor, "dim dim"],
+    positive_moment: Float[Tensor, "dim dim"],
+    dimension: Scalar | Int[Tensor, ""],
 ) -> Float[Tensor, "dim dim"]:
     """The G = Wᵀ W of least trace among the minimisers of -2 tr(G M⁺) + tr(G M G M), W with ``dimension`` rows.
 
@@ -193,11 +195,12 @@ def feature_growth(
         if not isinstance(value, Tensor) or readable(value):
             require_range(name, torch.as_tensor(value).min(), 0, math.inf)
     square = torch.as_tensor(scale, dtype=time.dtype, device=time.device) ** 2
-    exponent = (8 * square * overlap * time).clamp_min(-math.log(torch.finfo(time.dtype).max) / 2)
+    top = 0.9 * math.log(torch.finfo(time.dtype).max)
+    exponent = (8 * square * overlap * time).clamp_min(-top / 2)
     small = exponent.abs() < torch.finfo(time.dtype).eps ** 0.5
     safe = torch.where(small, 1, exponent)
     average = torch.where(small, 1 - exponent / 2, -torch.expm1(-safe) / safe)  # mean of exp(-u) for u in 0 .. exponent
-    return initial / ((-exponent).exp() + 8 * square**2 * initial * time * average)
+    return initial / ((-exponent.clamp_max(top)).exp() + 8 * square**2 * initial * time * average)
 
 
 def _kept(scales: Tensor, keep: Tensor | None) -> Tensor:
