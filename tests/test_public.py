@@ -8,7 +8,7 @@ import pytest
 from toolkit.labs.papers import names_used
 from toolkit.labs.reading import code, find, read
 
-ROOMS = ("calibration", "data", "evidence", "explore", "figures", "fleet", "models")
+ROOMS = ("calibration", "data", "evidence", "explore", "figures", "fleet", "metric_learning", "models")
 
 WAITING = {
     "toolkit.calibration.ledoit_wolf": "called by fit_gaussian; on its own in the second half of the calibration lab",

@@ -5,7 +5,8 @@ is an error that names the argument. Values are checked only where a value can b
 and on their inner tensors nothing is read, so the same function still vmaps, differentiates and compiles.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
@@ -14,6 +15,20 @@ from torch import Tensor
 
 _Function = TypeVar("_Function", bound=Callable)
 _BLOCK = 1 << 18  # values that are checked at a time
+
+
+_checking = True
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Shapes are not checked inside: for a loop whose first round was checked and whose other rounds are alike."""
+    global _checking
+    before, _checking = _checking, False
+    try:
+        yield
+    finally:
+        _checking = before
 
 
 def typed(function: _Function) -> _Function:
@@ -31,7 +46,7 @@ def typed(function: _Function) -> _Function:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return checked()(*args, **kwargs)
+        return (checked() if _checking else function)(*args, **kwargs)
 
     return cast(_Function, call)
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from toolkit.checks import unchecked
 from toolkit.fleet.devices import free_memory, out_of_memory
 from toolkit.fleet.members import (
     NOISE,
@@ -84,7 +85,8 @@ def train_in_chunks(task: Task, fleet: Fleet, chunk: int | None, memory_limit: i
         part, shown = fleet[first:last], task.bar.n
         if not task.stop.asked:
             try:
-                part = _train_chunk(task, part.clone(), slice(first, last))
+                with unchecked():  # the probe has checked the loss on a batch of the same shapes
+                    part = _train_chunk(task, part.clone(), slice(first, last))
             except (RuntimeError, MemoryError) as error:
                 if last - first == 1 or not out_of_memory(error):
                     raise
