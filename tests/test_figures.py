@@ -178,6 +178,8 @@ def test_interval_plot_sorts_and_marks() -> None:
     assert ax.yaxis_inverted()
     assert ax.get_xlabel() == "ECE (probability)"
     assert len(interval_plot(["a"], rows[:1], "x").lines) == 2
+    turned = interval_plot(["c", "a", "b"], rows, "ECE (probability)", largest_first=True)
+    assert [t.get_text() for t in turned.get_yticklabels()] == [t.get_text() for t in ax.get_yticklabels()][::-1]
 
 
 def test_curve_band_is_mean_and_t_interval() -> None:

@@ -202,8 +202,9 @@ def interval_plot(
     reference: float | None = None,
     ax: Any = None,
     log: bool = False,
+    largest_first: bool = False,
 ) -> Any:
-    """A leaderboard: one interval per row, the smallest estimate on top, its numbers at the right.
+    """A leaderboard: one interval per row, its numbers at the right; the smallest estimate on top, or the largest.
 
     ``reference`` draws a dashed line; a row whose interval contains it gets a hollow marker. ``log`` spreads values of
     different size, which must be greater than 0.
@@ -214,7 +215,7 @@ def interval_plot(
     if not names:
         raise ValueError("names: expected at least one row, got none")
     _same_length("intervals", np.empty(len(intervals)), len(names), "names")
-    order = sorted(range(len(names)), key=lambda index: intervals[index].estimate)
+    order = sorted(range(len(names)), key=lambda index: intervals[index].estimate, reverse=largest_first)
     ax = _axes(ax, (7, 0.9 + 0.32 * len(names)))
     for row, index in enumerate(order):
         it = intervals[index]

@@ -8,8 +8,8 @@ from torch.nn.functional import triplet_margin_loss
 
 from toolkit import random
 from toolkit.exercises import metric_learning as exercises
-from toolkit.metric_learning.contrastive import nt_xent, sup_con
 from toolkit.metric_learning.geometry import uniformity
+from toolkit.metric_learning.infonce import nt_xent, sup_con
 from toolkit.metric_learning.pairs import pair_weights
 from toolkit.metric_learning.retrieval import recall_at_k, retrieval_scores
 from toolkit.metric_learning.verification import far_frr, pair_scores

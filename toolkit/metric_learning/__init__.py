@@ -10,7 +10,15 @@ from toolkit.metric_learning.collapse import (
     regularised_error,
     within_class_shrinkage,
 )
-from toolkit.metric_learning.contrastive import (
+from toolkit.metric_learning.geometry import (
+    CollapseMeasures,
+    alignment,
+    collapse_measures,
+    fisher_ratio,
+    tolerance,
+    uniformity,
+)
+from toolkit.metric_learning.infonce import (
     MultiHead,
     adaptive_multi_head,
     hard_contrastive,
@@ -21,14 +29,6 @@ from toolkit.metric_learning.contrastive import (
     nt_xent,
     simple_contrastive,
     sup_con,
-)
-from toolkit.metric_learning.geometry import (
-    CollapseMeasures,
-    alignment,
-    collapse_measures,
-    fisher_ratio,
-    tolerance,
-    uniformity,
 )
 from toolkit.metric_learning.long_tail import (
     additive_adjustment,

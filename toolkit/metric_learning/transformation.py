@@ -12,7 +12,7 @@ from toolkit.calibration.batch_losses import _symmetric_beta
 from toolkit.calibration.losses import require_range
 from toolkit.checks import readable, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, shared
-from toolkit.metric_learning.contrastive import _logits
+from toolkit.metric_learning.infonce import _logits
 from toolkit.metric_learning.similarities import Measure, cosine, precomputed
 
 __all__ = ["extrapolated_positives", "feature_transformed", "interpolated_negatives"]

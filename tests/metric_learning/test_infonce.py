@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 
 from toolkit import random
 from toolkit.fleet import Adam, train
-from toolkit.metric_learning.contrastive import (
+from toolkit.metric_learning.infonce import (
     MultiHead,
     adaptive_multi_head,
     hard_contrastive,
