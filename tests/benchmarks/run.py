@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from toolkit import calibration, data, fleet, models
+from toolkit import calibration, data, fleet, metric_learning, models
 
 Run = Callable[[], object]
 
@@ -222,6 +223,35 @@ def mmce_rows() -> list[Row]:
     return compare("MMCE, 1e4", lambda: calibration.mmce(probabilities, labels), peers, repeats=3)
 
 
+def metric_rows() -> list[Row]:
+    """Losses of metric learning, forward and backward, and MAP@R, against pytorch-metric-learning."""
+    if not available("pytorch_metric_learning"):
+        return []
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import metric
+
+    rows = []
+    x, y = metric.batch(torch.arange(64).repeat_interleave(8))
+    for name, (loss, other, goal) in metric.pair_losses().items():
+        ours, peer = metric.backward(loss, x, y), metric.backward(other, x, y)
+        metric.same(ours, peer)
+        rows += compare(f"{name}, 512 × 128", ours, {metric.PEER: (peer, goal)}, 9)
+    for name, (loss, other) in metric.proxy_losses().items():
+        mine, theirs = metric.with_proxies(loss, other, x, y)
+        rows += compare(f"{name}, 512 × 128", mine, {metric.PEER: (theirs, 1)}, 51)
+    for name, (loss, other, labels, goal) in metric.slow_losses().items():
+        ours, peer = (metric.backward(each, *metric.batch(labels)) for each in (loss, other))
+        metric.same(ours, peer)
+        quick = statistics.median(clock(ours) for _ in range(15))
+        rows.append(Row(name, metric.PEER, quick, clock(peer), goal))
+    find = metric.peer_map_at_r()
+    for classes in (100, 1000):
+        x, y = metric.clouds(classes)
+        task = f"MAP@R, 1e4 × 128, {classes} classes ({metric.memory_of_map_at_r(classes):.0f} MB)"
+        rows += compare(task, partial(metric_learning.map_at_r, x, y), {metric.PEER: (partial(find, x, y), 1)}, 3)
+    return rows
+
+
 def import_rows() -> list[Row]:
     """Seconds of `import torch` alone and with the toolkit's ground floor and calibration room, in fresh processes."""
     plain = "import torch"
@@ -268,6 +298,7 @@ TASKS = {
     "temperature": temperature_rows,
     "smooth": smooth_rows,
     "mmce": mmce_rows,
+    "metric": metric_rows,
     "import": import_rows,
     "slider": slider_rows,
     "gpu": gpu_rows,

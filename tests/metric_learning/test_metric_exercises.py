@@ -35,8 +35,8 @@ def test_recall_against_the_toolkit(seed) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_hinge_against_torch(seed) -> None:
     triplets = random.normal(random.key(seed), (20, 3, 4), torch.float64)
-    found = [exercises.hinge_of_triplet(*triplet, 0.5) for triplet in triplets]
-    oracle = triplet_margin_loss(*triplets.unbind(1), margin=0.5, eps=0, reduction="none")
+    found = [exercises.hinge_of_triplet(a, p, n, 0.5) for a, p, n in triplets]
+    oracle = triplet_margin_loss(triplets[:, 0], triplets[:, 1], triplets[:, 2], margin=0.5, eps=0, reduction="none")
     assert found == pytest.approx(oracle.tolist(), abs=1e-12)
     assert 0 < found.count(0) < 20
 
@@ -85,6 +85,7 @@ def test_gradient_of_pairs_against_autograd_and_the_weights(seed, temperature) -
     table = random.uniform(random.key(seed), (6, 6), torch.float64) * 2 - 1
     row = table[0, 1:].clone().requires_grad_()
     (torch.logsumexp(row / temperature, 0) - row[2] / temperature).backward()
+    assert row.grad is not None
     found = exercises.gradient_of_pairs(table[0, 1:], 2, temperature)
     assert found.tolist() == pytest.approx(row.grad.tolist(), abs=1e-12)
     assert found.sum().item() == pytest.approx(0, abs=1e-12)
