@@ -5,6 +5,7 @@ is an error that names the argument. Values are checked only where a value can b
 and on their inner tensors nothing is read, so the same function still vmaps, differentiates and compiles.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -107,3 +108,14 @@ def require_positive(name: str, value: float | Tensor) -> None:
             raise ValueError(f"{name}: expected values greater than 0, got {value.min().item()}")
     elif not value > 0:
         raise ValueError(f"{name}: expected a number greater than 0, got {value}")
+
+
+def require_range(name: str, value: float | Tensor, low: float, high: float) -> None:
+    """Raise ``ValueError`` unless low ≤ value ≤ high (nothing where the value of a tensor cannot be read)."""
+    if isinstance(value, Tensor):
+        if not readable(value):
+            return
+        value = value.item()
+    if not low <= value <= high:
+        bound = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name}: expected a number {bound}, got {value}")

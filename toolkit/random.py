@@ -66,6 +66,19 @@ def normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return math.sqrt(2) * torch.erfinv(2 * uniform(key, shape, dtype) - 1)
 
 
+def symmetric_beta(key: Tensor, count: int, alpha: float | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``count`` values of Beta(alpha, alpha), exact and without rejection.
+
+    If t is Student's t with 2 alpha degrees of freedom, (1 + t / sqrt(2 alpha + t^2)) / 2 is Beta(alpha, alpha); t
+    comes from two uniforms by the polar method (Bailey 1994).
+    """
+    first, second = uniform(key, (2, count), dtype)
+    log_radius = first.log() / alpha
+    outer, inner = -torch.expm1(log_radius), log_radius.exp()
+    cosine = torch.cos(2 * math.pi * second)
+    return (1 + cosine * outer.sqrt() / (inner + outer * cosine.square()).sqrt()) / 2
+
+
 def shuffled_slots(key: Tensor, size: int, counts: Tensor | None = None) -> Tensor:
     """Random permutations of 0 .. ``size`` - 1, of shape ``key.shape + (size,)``.
 

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from toolkit import random
-from toolkit.calibration.losses import cross_entropy, log_softmax, require_range
+from toolkit.calibration.losses import cross_entropy, log_softmax
 from toolkit.calibration.smooth import mmce
-from toolkit.checks import require_labels, require_positive, require_probabilities, typed
+from toolkit.checks import require_labels, require_positive, require_probabilities, require_range, typed
 
 __all__ = ["anyloss", "mdca", "mixup", "mmce_regularised", "soft_dice"]
 
@@ -150,7 +150,7 @@ def mixup(
     """
     require_labels("labels", labels, classes)
     require_positive("alpha", alpha)
-    share = _symmetric_beta(random.fold_in(key, 0), len(labels), alpha, inputs.dtype)
+    share = random.symmetric_beta(random.fold_in(key, 0), len(labels), alpha, inputs.dtype)
     partner = random.permutation(random.fold_in(key, 1), len(labels))
     one_hot = _one_hot(labels, inputs.new_empty(classes))
     wide = share.reshape(-1, *[1] * (inputs.ndim - 1))
@@ -158,19 +158,6 @@ def mixup(
         wide * inputs + (1 - wide) * inputs[partner],
         share[:, None] * one_hot + (1 - share[:, None]) * one_hot[partner],
     )
-
-
-def _symmetric_beta(key: Tensor, count: int, alpha: Scalar, dtype: torch.dtype) -> Tensor:
-    """``count`` values of Beta(alpha, alpha), exact and without rejection.
-
-    If t is Student's t with 2 alpha degrees of freedom, (1 + t / sqrt(2 alpha + t^2)) / 2 is Beta(alpha, alpha); t
-    comes from two uniforms by the polar method (Bailey 1994).
-    """
-    first, second = random.uniform(key, (2, count), dtype)
-    log_radius = first.log() / alpha
-    outer, inner = -torch.expm1(log_radius), log_radius.exp()
-    cosine = torch.cos(2 * math.pi * second)
-    return (1 + cosine * outer.sqrt() / (inner + outer * cosine.square()).sqrt()) / 2
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from toolkit.checks import readable, require_labels, require_positive, require_probabilities, typed
+from toolkit.checks import (
+    readable,
+    require_labels,
+    require_positive,
+    require_probabilities,
+    require_range,
+    typed,
+)
 
 __all__ = [
     "aldr_kl",
@@ -317,17 +324,6 @@ def _robust_margin(logits: Tensor, labels: Tensor, temperature: Scalar, margin: 
     margins = logits - _pick(logits, labels)[:, None] + margin * ~_is_label(logits, labels)
     top = margins.detach().amax(-1, keepdim=True)
     return (top + temperature * ((margins - top) / temperature).exp().mean(-1, keepdim=True).log())[:, 0]
-
-
-def require_range(name: str, value: Scalar, low: float, high: float) -> None:
-    """Raise ``ValueError`` unless low ≤ value ≤ high (nothing where the value of a tensor cannot be read)."""
-    if isinstance(value, Tensor):
-        if not readable(value):
-            return
-        value = value.item()
-    if not low <= value <= high:
-        bound = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name}: expected a number {bound}, got {value}")
 
 
 def _require_strength(value: Scalar) -> None:

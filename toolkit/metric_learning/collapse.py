@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from toolkit.calibration.losses import require_range
-from toolkit.checks import readable, require_labels, require_positive, typed
+from toolkit.checks import readable, require_labels, require_positive, require_range, typed
 from toolkit.metric_learning.common import Scalar, require_finite
 
 __all__ = [

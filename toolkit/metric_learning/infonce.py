@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from toolkit.calibration.losses import require_range
-from toolkit.checks import require_positive, typed
+from toolkit.checks import require_positive, require_range, typed
 from toolkit.metric_learning.common import (
     Scalar,
     masked_logsumexp,

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from toolkit.calibration.losses import require_range
-from toolkit.checks import require_positive, require_probabilities, typed
+from toolkit.checks import require_positive, require_probabilities, require_range, typed
 from toolkit.metric_learning.common import Scalar, require_finite
 from toolkit.random import normal
 

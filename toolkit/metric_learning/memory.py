@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from toolkit.calibration.losses import require_range
-from toolkit.checks import require_positive, typed
+from toolkit.checks import require_positive, require_range, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, masked_mean, pair_masks, require_finite
 from toolkit.metric_learning.similarities import Measure, cosine
 

@@ -17,8 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from toolkit import random
-from toolkit.calibration.losses import require_range
-from toolkit.checks import require_positive, typed
+from toolkit.checks import require_positive, require_range, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, require_finite
 from toolkit.metric_learning.similarities import Measure, cosine, precomputed, squared_euclidean
 

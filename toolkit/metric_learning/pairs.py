@@ -14,8 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from toolkit.calibration.losses import log_softmax, require_range
-from toolkit.checks import readable, require_positive, typed
+from toolkit.checks import readable, require_positive, require_range, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, require_finite, shared
 from toolkit.metric_learning.similarities import Measure, cosine, precomputed, squared_euclidean
 
@@ -203,7 +202,7 @@ def kl_hinge(logits: Float[Tensor, "batch classes"], labels: Labels, margin: Sca
     """
     require_finite("logits", logits)
     require_range("margin", margin, 0, math.inf)
-    log_p = log_softmax(logits)
+    log_p = logits.log_softmax(-1)
     p = log_p.exp()
     divergence = (p * log_p).sum(-1, keepdim=True) - p @ log_p.mT
     positive, negative = pair_masks(labels)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from toolkit.calibration.losses import require_range
-from toolkit.checks import require_labels, require_positive, typed
+from toolkit.checks import require_labels, require_positive, require_range, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, require_finite
 from toolkit.metric_learning.similarities import Measure, cosine, normalise
 

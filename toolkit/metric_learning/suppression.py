@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from toolkit.calibration.losses import require_range
-from toolkit.checks import readable, require_positive, typed
+from toolkit.checks import readable, require_positive, require_range, typed
 from toolkit.metric_learning.common import Scalar, masked_mean, pair_masks, require_finite, shared
 from toolkit.metric_learning.similarities import Measure
 from toolkit.random import fold_in, normal, uniform

@@ -8,9 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from toolkit import random
-from toolkit.calibration.batch_losses import _symmetric_beta
-from toolkit.calibration.losses import require_range
-from toolkit.checks import readable, typed
+from toolkit.checks import readable, require_range, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, shared
 from toolkit.metric_learning.infonce import _logits
 from toolkit.metric_learning.similarities import Measure, cosine, precomputed
@@ -77,9 +75,9 @@ def feature_transformed(
         raise ValueError(f"similarity: expected cosine or precomputed inner products, got {similarity}")
     logits = _logits(embeddings, temperature, similarity)
     if positive is None:
-        positive = 1 + _symmetric_beta(random.fold_in(key, 0), 1, 2.0, logits.dtype)[0].clamp(0, 1)
+        positive = 1 + random.symmetric_beta(random.fold_in(key, 0), 1, 2.0, logits.dtype)[0].clamp(0, 1)
     if negative is None:
-        negative = _symmetric_beta(random.fold_in(key, 1), 1, 1.6, logits.dtype)[0].clamp(0, 1)
+        negative = random.symmetric_beta(random.fold_in(key, 1), 1, 1.6, logits.dtype)[0].clamp(0, 1)
     require_range("positive", positive, 1, math.inf)
     require_range("negative", negative, 0, 1)
     positives, negatives = pair_masks(labels)

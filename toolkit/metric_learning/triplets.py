@@ -13,8 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from toolkit.calibration.losses import require_range
-from toolkit.checks import readable, require_labels, require_positive, typed
+from toolkit.checks import readable, require_labels, require_positive, require_range, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, require_finite, shared
 from toolkit.metric_learning.similarities import Measure, cosine, euclidean
 
