@@ -242,3 +242,12 @@ def test_a_gpu_gives_the_same_numbers():
     assert torch.equal(random.bits(here, (50,)), random.bits(there, (50,)).cpu())
     assert torch.equal(random.uniform(here, (50,)), random.uniform(there, (50,)).cpu())
     assert torch.equal(random.permutation(here, 50), random.permutation(there, 50).cpu())
+
+
+@pytest.mark.parametrize("alpha", [0.4, 1.6, 5.0])
+def test_symmetric_beta_has_its_law(alpha):
+    values = random.symmetric_beta(random.key(3), 4000, alpha, torch.float64)
+    assert stats.kstest(values.numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.01
+    keys = random.fold_in(random.key(3), torch.arange(3))
+    one_by_one = torch.stack([random.symmetric_beta(key, 5, alpha) for key in keys])
+    assert torch.equal(torch.vmap(lambda key: random.symmetric_beta(key, 5, alpha))(keys), one_by_one)
