@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from toolkit.checks import readable
+from toolkit.sorting import ascending
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -91,13 +91,7 @@ def shuffled_slots(key: Tensor, size: int, counts: Tensor | None = None) -> Tens
     packed = (bits(key, (size,)) & (-1 << width)) | slots
     if counts is not None:
         packed = torch.where(slots < counts[..., None], packed, slots | (torch.iinfo(torch.int64).max & (-1 << width)))
-    if packed.device.type == "cpu" and readable(packed):
-        import numpy as np  # here: torch alone does without it
-
-        packed = torch.from_numpy(np.sort(packed.numpy(), axis=-1))  # several times faster than torch.sort
-    else:
-        packed = packed.sort(-1).values
-    return packed & ((1 << width) - 1)
+    return ascending(packed) & ((1 << width) - 1)
 
 
 def permutation(key: Tensor, size: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from toolkit.calibration.binned import event_blocks, events, require_items, root, totals, wide
 from toolkit.checks import readable, require_positive, typed
+from toolkit.sorting import ascending_order
 
 __all__ = ["ks_error", "mmce", "skce", "smooth_ece"]
 
@@ -33,7 +34,8 @@ def ks_error(
     Source: Gupta et al. 2021 (Calibration of Neural Networks using Splines).
     """
     chance, outcome = events(probabilities, labels)
-    ordered, order = chance.sort()
+    order = ascending_order(chance)
+    ordered = chance[order]
     residual = wide(ordered) - wide(outcome.gather(0, order))
     last = torch.cat([ordered[1:] != ordered[:-1], torch.ones_like(ordered[:1], dtype=torch.bool)])
     return (torch.where(last, residual.cumsum(0).abs(), 0).amax() / len(chance)).to(chance.dtype)
@@ -129,7 +131,8 @@ def _pairs(chance: Tensor, outcome: Tensor, width: float | Tensor) -> tuple[Tens
         raise ValueError(f"width: expected at least 0.001, got {float(width)}")
     if isinstance(width, Tensor):
         width = wide(width).clamp_min(1e-3)
-    ordered, order = wide(chance).sort()
+    order = ascending_order(chance)
+    ordered = wide(chance)[order]
     residual = wide(outcome).gather(0, order) - ordered
     place = (ordered - 0.5) / width
     rising = residual * place.exp()

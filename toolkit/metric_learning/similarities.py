@@ -88,7 +88,8 @@ def snr(x: Float[Tensor, "rows dim"], y: Float[Tensor, "columns dim"]) -> Float[
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     signal = (x * x).sum(-1)[:, None]
     noise = (signal + (y * y).sum(-1) - 2 * (x @ y.mT)).clamp_min(0)
-    return torch.where(signal > smallest, noise / torch.where(signal > smallest, signal, 1), 0)
+    heard = signal > smallest
+    return noise * torch.where(heard, 1 / torch.where(heard, signal, 1), 0)
 
 
 @_measure(far_is_large=False)

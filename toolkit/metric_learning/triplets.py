@@ -7,15 +7,15 @@ similarity. No table is larger than batch². An anchor without positives or with
 import math
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from toolkit.checks import readable, require_labels, require_positive, require_range, typed
+from toolkit.checks import require_labels, require_positive, require_range, typed
 from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, require_finite, shared
 from toolkit.metric_learning.similarities import Measure, cosine, euclidean
+from toolkit.sorting import ascending
 
 __all__ = ["n_pair", "proto_triplet", "triplet"]
 
@@ -68,17 +68,10 @@ def _all_triplets(distance: Tensor, positive: Tensor, negative: Tensor, margin: 
     """
     reach = torch.where(positive, distance + margin, -math.inf).detach()
     bound = torch.where(negative, distance, math.inf).detach()
-    below = torch.searchsorted(_sorted(bound), reach)
-    above = len(distance) - torch.searchsorted(_sorted(reach), bound, right=True)
+    below = torch.searchsorted(ascending(bound), reach)
+    above = len(distance) - torch.searchsorted(ascending(reach), bound, right=True)
     total = ((below - above).to(distance.dtype) * distance).sum(-1) + margin * below.sum(-1).to(distance.dtype)
     return shared(total, below.sum())
-
-
-def _sorted(values: Tensor) -> Tensor:
-    """Rows in ascending order."""
-    if values.device.type == "cpu" and readable(values):
-        return torch.from_numpy(np.sort(values.numpy(), axis=-1))  # several times faster than torch.sort
-    return values.sort(-1).values
 
 
 @typed
