@@ -131,7 +131,7 @@ def assign(values: Tensor, bins: int, inner: Tensor | None) -> Tensor:
     if inner is not None:
         return torch.searchsorted(inner, values.contiguous())
     slack = 1 - 2 * torch.finfo(values.dtype).eps
-    return (values * (bins * slack)).clamp_(0, bins - 1).long()  # an edge k / bins stays just below k
+    return (values * (bins * slack)).clamp(0, bins - 1).long()  # an edge k / bins stays just below k
 
 
 def totals(index: Tensor, bins: int, values: Tensor) -> Tensor:
