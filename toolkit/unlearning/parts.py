@@ -1,0 +1,349 @@
+"""What the approximate methods are made of: checked masks, pairs of examples, slopes, and an optimiser with a mask."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from toolkit.fleet import Fleet, train
+from toolkit.fleet.members import Fields, Member, fresh
+from toolkit.fleet.optimisers import Optimiser
+from toolkit.fleet.store import as_fields
+from toolkit.models import MLP
+from toolkit.random import fold_in, key, shuffled_slots
+
+Mask = Bool[Tensor, "examples"] | Bool[Tensor, "members examples"]
+Strength = float | int | Float[Tensor, "_"]  # one number or one per member
+Range = tuple[Any, Any, Any]  # a strength, and the least and the largest it may be
+POSITIVE: float = 1e-6  # the least value of a strength that must be greater than 0
+PAIRING, UNTRAINED, NOISE_SCALE = 101, 102, 103  # what a key's numbers are for
+_MEMBERS, _EXAMPLES = 16, 128  # members, and examples of one member, whose slopes are held at a time
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data, and for each member what is to be forgotten and what is to be kept: masks ``(members, examples)``."""
+
+    fields: dict[str, Tensor]
+    forget: Tensor
+    retain: Tensor
+
+    @property
+    def whole(self) -> Tensor:
+        return self.forget | self.retain
+
+
+def prepare(trained: Fleet, data: Any, forget: Tensor, retain: Tensor | None) -> Task:
+    """The checked task, on the fleet's device."""
+    given = as_fields(data)
+    if missing := [name for name in ("x", "y") if name not in given]:
+        raise ValueError(f"data: expected fields 'x' and 'y', got none of the name {missing[0]!r}")
+    fields = {name: given[name].to(trained.device) for name in ("x", "y")}
+    members, examples = len(trained), len(fields["x"])
+    if fields["y"].shape != (examples,):
+        raise ValueError(f"data['y']: expected one class for each of {examples} rows, got {tuple(fields['y'].shape)}")
+
+    def rows(name: str, mask: Tensor) -> Tensor:
+        if mask.shape not in ((examples,), (members, examples)):
+            got = tuple(mask.shape)
+            raise ValueError(f"{name}: expected a mask ({examples},) or ({members}, {examples}), got {got}")
+        return mask.to(trained.device).expand(members, examples)
+
+    lost = rows("forget", forget)
+    if not bool(lost.any(1).all()):
+        raise ValueError("forget: expected at least one example for each member, got none")
+    if bool(lost.all(1).any()):
+        raise ValueError(f"forget: expected some of the {examples} examples, got all of them")
+    kept = ~lost if retain is None else rows("retain", retain)
+    if not bool(kept.any(1).all()):
+        raise ValueError("retain: expected at least one example for each member, got none")
+    if both := int((lost & kept).sum(1).max()):
+        raise ValueError(f"retain: expected no example that is in forget too, got {both}")
+    return Task(fields, lost, kept)
+
+
+def strengths(trained: Fleet, given: Mapping[str, Range]) -> dict[str, Tensor]:
+    """Each strength as ``(members,)``, checked against its range."""
+    made = {}
+    for name, (value, low, high) in given.items():
+        values = torch.as_tensor(value, dtype=trained.parameters.dtype, device=trained.device)
+        if values.ndim and len(values) != len(trained):
+            raise ValueError(
+                f"{name}: expected one number or one for each of {len(trained)} members, got {len(values)}"
+            )
+        if bool(values.isnan().any()) or (low is not None and bool((values < low).any())):
+            raise ValueError(f"{name}: expected at least {low}, got {values.min().item():.4g}")
+        if high is not None and bool((values > high).any()):
+            raise ValueError(f"{name}: expected at most {high}, got {values.max().item():.4g}")
+        made[name] = values.expand(len(trained)).clone()
+    return made
+
+
+def cross_entropy(model: Any, batch: Any, hyper: Any) -> Tensor:
+    """The loss that classifiers are trained with."""
+    return F.cross_entropy(model(batch.x), batch.y, reduction="none")
+
+
+def train_on(trained: Fleet, loss: Callable, data: Mapping[str, Tensor], steps: Any, seed: int, **more: Any) -> Fleet:
+    """:func:`toolkit.fleet.train` from where the fleet stands, on its device and in its members' streams."""
+    fixed: dict[str, Any] = {
+        "start": trained,
+        "streams": trained.streams,
+        "device": trained.device,
+        "steps": steps,
+        "seed": seed,
+    }
+    return train(trained.build, loss, data, **{"progress": False, **more, **fixed})
+
+
+def train_pairs(
+    trained: Fleet,
+    loss: Callable,
+    task: Task,
+    steps: Any,
+    seed: int,
+    hyper: Mapping[str, Range],
+    own: Mapping[str, Tensor] | None = None,
+    **more: Any,
+) -> Fleet:
+    """Train on pairs of an example to forget and one to keep.
+
+    An epoch of a member has as many pairs as the larger of its two sets; the smaller set is gone through repeatedly,
+    partners drawn at random. The loss sees 2·batch examples, forgotten ones first: ``x``, ``y``, ``forgotten`` and the
+    fields of ``own`` ``(members, n, ...)``. Where an epoch holds some examples once more than others, weights make up
+    for it: the mean over an epoch is the mean over D_f plus the mean over D_r.
+    """
+    lengths = torch.maximum(task.forget.sum(1), task.retain.sum(1))
+    keys = fold_in(key(seed, PAIRING, device=trained.device), trained.streams)
+    forgotten, lost = _walk(task.forget, lengths, keys)
+    retained, kept = _walk(task.retain, lengths, None)
+    members = torch.arange(len(trained), device=trained.device)[:, None]
+    tables = {"row_f": forgotten, "row_r": retained, "weight_f": lost, "weight_r": kept}
+    tables = {n: v.to(trained.parameters.dtype) if v.is_floating_point() else v for n, v in tables.items()}
+    for name, values in (own or {}).items():
+        tables |= {f"{name}_f": values[members, forgotten], f"{name}_r": values[members, retained]}
+    x, y = task.fields["x"], task.fields["y"]
+
+    def both(batch: Any, name: str) -> Tensor:
+        return torch.cat([batch[f"{name}_f"], batch[f"{name}_r"]])
+
+    def paired(model, batch, hyper):
+        row, half = both(batch, "row"), len(batch.row_f)
+        view = Fields(batch, x=x[row], y=y[row], forgotten=torch.arange(2 * half, device=x.device) < half)
+        view |= {name: both(batch, name) for name in own or {}}
+        values = loss(model, view, hyper) * both(batch, "weight")
+        return values[:half] + values[half:]
+
+    slots = torch.arange(int(lengths.max()), device=trained.device)
+    return train_on(
+        trained,
+        paired,
+        {"slot": slots},
+        steps,
+        seed,
+        subsets=slots < lengths[:, None],
+        member_data=tables,
+        hyper=strengths(trained, hyper),
+        **more,
+    )
+
+
+def _walk(mask: Tensor, lengths: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Indices ``(members, longest)`` that go through each row's set again and again up to its length, and weights."""
+    counts, longest = mask.sum(1), int(lengths.max())
+    order = torch.argsort(~mask, dim=1, stable=True)
+    if keys is not None:
+        order = order.gather(1, shuffled_slots(keys, mask.shape[1], counts))
+    slot = torch.arange(longest, device=mask.device) % counts[:, None]
+    times = lengths[:, None] // counts[:, None] + (slot < lengths[:, None] % counts[:, None])
+    return order.gather(1, slot), lengths[:, None].double() / (counts[:, None] * times)
+
+
+def untrained(trained: Fleet, task: Task, seed: int) -> Fleet:
+    """A new net for each member, from the seed and the member's stream; not the one that the member began as."""
+    other = int(key(seed, UNTRAINED)) & (2**63 - 1)
+    options: dict[str, Any] = {
+        "streams": trained.streams,
+        "device": trained.device,
+        "steps": 0,
+        "seed": other,
+        "progress": False,
+    }
+    return train(trained.build, cross_entropy, task.fields, **options)
+
+
+def moved(trained: Fleet, parameters: Tensor, hyper: dict[str, Tensor]) -> Fleet:
+    """The fleet with other parameters, and without what belongs to its training."""
+    return replace(trained, parameters=parameters.detach(), hyper=hyper, state={}, memory={}, snapshots={})
+
+
+def mean_weights(mask: Tensor) -> Tensor:
+    """Weights ``(members, examples)`` whose sum of products is the mean over the mask, in float64."""
+    return mask.double() / mask.sum(1, keepdim=True)
+
+
+def slope(trained: Fleet, parameters: Tensor, fields: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+    """Gradients ``(members, size)`` of Σ_i weights_i · CE_i."""
+    found, outputs = [], _forward(trained, fields["x"])
+    for rows in torch.arange(len(trained), device=trained.device).split(_MEMBERS):
+        with torch.enable_grad():
+            flat = parameters[rows].detach().requires_grad_()
+            logits = outputs(flat)
+            values = F.cross_entropy(logits.mT, fields["y"].expand(len(rows), -1), reduction="none")
+            found.append(torch.autograd.grad((values * weights[rows].to(values.dtype)).sum(), flat)[0])
+    return torch.cat(found)
+
+
+def squared_slopes(trained: Fleet, fields: Mapping[str, Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Σ_i weights_i · (∂CE_i / ∂θ)² of each member, ``(members, size)``, for each of the weights: Fisher diagonals."""
+    module, layout = fresh(trained.build).to(trained.device), trained.layout
+    if type(module) is MLP:
+        return [_squared_slopes_of_mlps(trained, fields, each) for each in weights]
+
+    def one(flat, x, y):
+        views = {name: value[0] for name, value in layout.views(flat[None]).items()}
+        return F.cross_entropy(Member(module, views)(x[None])[0], y)
+
+    slopes = torch.func.vmap(torch.func.grad(one), (None, 0, 0))
+    together = torch.stack(weights, 1).to(trained.parameters.dtype)
+    found = trained.parameters.new_zeros(len(trained), len(weights), trained.parameters.shape[1])
+    seen = together.any(1)  # examples that no weight counts are left out
+    for member in range(len(trained)):
+        for part in seen[member].nonzero()[:, 0].split(_EXAMPLES):
+            squares = slopes(trained.parameters[member], fields["x"][part], fields["y"][part]).square()
+            found[member] += together[member][:, part] @ squares
+    return list(found.unbind(1))
+
+
+def _squared_slopes_of_mlps(trained: Fleet, fields: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+    """The same for nets of linear layers, where the slope of a weight is a product: (∂CE/∂z)² times (input)²."""
+    views, share = trained.layout.views(trained.parameters), weights.to(trained.parameters.dtype)[..., None]
+    layers = [f"layers.{i}" for i in range(sum(name.startswith("layers.") for name in views) // 2)] + ["head"]
+    inputs = [fields["x"].flatten(1).expand(len(trained), -1, -1)]
+    for name in layers[:-1]:
+        inputs.append((inputs[-1] @ views[f"{name}.weight"].mT + views[f"{name}.bias"][:, None]).relu())
+    logits = inputs[-1] @ views["head.weight"].mT + views["head.bias"][:, None]
+    back = logits.softmax(-1) - F.one_hot(fields["y"].long(), logits.shape[-1])
+    squares = {name: torch.zeros_like(view) for name, view in views.items()}
+    for depth in range(len(layers) - 1, -1, -1):
+        weighted = share * back.square()
+        squares[f"{layers[depth]}.weight"] = weighted.mT @ inputs[depth].square()
+        squares[f"{layers[depth]}.bias"] = weighted.sum(1)
+        back = (back @ views[f"{layers[depth]}.weight"]) * (inputs[depth] > 0)
+    return torch.cat([squares[name].flatten(1) for name in views], 1)
+
+
+def solve(
+    trained: Fleet,
+    parameters: Tensor,
+    fields: Mapping[str, Tensor],
+    weights: Tensor,
+    ridge: Tensor,
+    wanted: Tensor,
+    iterations: int,
+) -> Tensor:
+    """(G + ridge I)⁻¹ wanted by conjugate gradients, G the Gauss-Newton matrix of Σ weights · CE at ``parameters``."""
+    found, outputs = [], _forward(trained, fields["x"])
+    for rows in torch.arange(len(trained), device=trained.device).split(_MEMBERS):
+        flat, share = parameters[rows].detach(), weights[rows].to(parameters.dtype)[..., None]
+        logits, back, *_ = torch.func.vjp(outputs, flat)
+        p = logits.softmax(-1)
+
+        def transposed(change, flat=flat):
+            return torch.func.vjp(outputs, flat)[1](change)[0]
+
+        forth = torch.func.vjp(transposed, torch.zeros_like(logits))[1]  # the transpose of the transpose: J v
+
+        def product(vector, p=p, share=share, back=back, forth=forth, ridge=ridge[rows]):
+            change = forth(vector)[0]
+            return back(share * p * (change - (p * change).sum(-1, keepdim=True)))[0] + ridge * vector
+
+        found.append(_conjugate_gradients(product, wanted[rows], iterations))
+    return torch.cat(found)
+
+
+def _conjugate_gradients(product: Callable, wanted: Tensor, iterations: int) -> Tensor:
+    """Each row on its own: a row whose residual is at rounding error stands still."""
+    solution, residual, direction = torch.zeros_like(wanted), wanted, wanted
+    square = residual.square().sum(1, keepdim=True)
+    enough = square * torch.finfo(wanted.dtype).eps ** 2
+    for _ in range(iterations):
+        active = square > enough
+        if not bool(active.any()):
+            break
+        image = product(direction)
+        bend = (direction * image).sum(1, keepdim=True)
+        length = torch.where(active & (bend > 0), square / bend, 0)
+        solution, residual = solution + length * direction, residual - length * image
+        fresh_square = residual.square().sum(1, keepdim=True)
+        direction = torch.where(active, residual + fresh_square / square.clamp_min(1e-300) * direction, 0)
+        square = torch.where(active, fresh_square, square)
+    return solution
+
+
+def _forward(trained: Fleet, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function from flat rows ``(members, size)`` to logits ``(members, examples, classes)``."""
+    module, layout = fresh(trained.build).to(trained.device), trained.layout
+
+    def outputs(flat: Tensor) -> Tensor:
+        return torch.func.vmap(lambda views: Member(module, views)(x))(layout.views(flat))
+
+    return outputs
+
+
+def nearest_other_class(trained: Fleet, task: Task) -> Tensor:
+    """For every example the centroid (of D_r) nearest by cosine among the classes but its own: ``(members, n, d)``."""
+    classes = trained.logits(task.fields["x"][:1]).shape[-1]
+    own = F.one_hot(task.fields["y"].long(), classes).bool()
+    features = trained.features(task.fields["x"])
+    counted = (own & task.retain[..., None]).to(features.dtype)
+    centroids = counted.mT @ features / counted.sum(1).clamp_min(1)[..., None]
+    near = F.normalize(features, dim=-1) @ F.normalize(centroids, dim=-1).mT
+    open_ = (counted.sum(1) > 0)[:, None] & ~own  # columns are classes by number, whether D_r has them or not
+    if not bool((open_.any(-1) | ~task.forget).all()):
+        raise ValueError("retain: expected a class besides that of each example to forget, got one class only")
+    chosen = near.masked_fill(~open_, float("-inf")).argmax(-1)
+    return centroids[torch.arange(len(trained), device=centroids.device)[:, None], chosen]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """An optimiser that leaves the coordinates outside a mask ``(members, size)`` bit for bit as they were.
+
+    They are put back after every step, and what the optimiser remembers of them is set to 0. Mask and original values
+    travel in the optimiser's state, so that chunks of members have theirs.
+    """
+
+    inner: Optimiser
+    mask: Tensor = field(repr=False)
+
+    @property
+    def lr(self) -> float | Tensor:
+        return self.inner.lr
+
+    @property
+    def weight_decay(self) -> float | Tensor:
+        return self.inner.weight_decay
+
+    def initial(self, parameters: Tensor) -> dict[str, Tensor]:
+        return {"mask": self.mask.to(parameters), "original": parameters.clone(), **self.inner.initial(parameters)}
+
+    def apply(
+        self,
+        parameters: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        rate: Tensor,
+        decay: Tensor | None,
+        step: int,
+    ) -> None:
+        free = state["mask"] > 0
+        inner = {name: value for name, value in state.items() if name not in ("mask", "original")}
+        self.inner.apply(parameters, torch.where(free, gradient, 0), inner, rate, decay, step)
+        for value in inner.values():
+            value.mul_(state["mask"])
+        parameters.copy_(torch.where(free, parameters, state["original"]))
