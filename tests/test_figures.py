@@ -19,6 +19,7 @@ from toolkit.explore import Explorer, slider
 from toolkit.figures import (
     COLORS,
     curve_band,
+    film,
     image_grid,
     interval_plot,
     live_axes,
@@ -275,3 +276,22 @@ def test_a_log_leaderboard_has_plain_ticks_and_wants_positive_values():
     assert len(ax.xaxis.get_minorticklocs()) == 0
     with pytest.raises(ValueError, match="intervals: expected estimates above 0"):
         interval_plot(["a"], [interval([-1.0, -2.0, -3.0])], "error", log=True)
+
+
+def test_a_film_has_its_frames_and_loads_nothing() -> None:
+    figure, ax = plt.subplots(figsize=(1, 1))
+    drawn = []
+
+    def draw(i: int) -> None:
+        drawn.append(i)
+        ax.plot([0, i])
+
+    page = film(figure, draw, 3).data
+    assert drawn == [0, 1, 2]
+    assert page.count("data:image/png;base64") == 3
+    assert "http" not in page
+    assert "fa-" not in page
+    assert all(sign in page for sign in "−⏮◂◀⏸▶▸⏭+")
+    assert not plt.fignum_exists(figure.number)
+    with pytest.raises(ValueError, match="frames: expected at least 2, got 1"):
+        film(figure, draw, 1)
