@@ -9,6 +9,9 @@ from torch import Tensor
 from toolkit.checks import readable, typed
 
 Scalar = float | int | Float[Tensor, ""]
+Embeddings = Float[Tensor, "batch dim"]
+Labels = Int[Tensor, "batch"]
+PerAnchor = Float[Tensor, "batch"]
 
 
 def require_finite(name: str, values: Tensor) -> None:

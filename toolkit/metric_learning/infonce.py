@@ -9,11 +9,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from toolkit.checks import require_positive, require_range, typed
 from toolkit.metric_learning.common import (
+    Embeddings,
+    Labels,
+    PerAnchor,
     Scalar,
     masked_logsumexp,
     masked_mean,
@@ -36,10 +39,6 @@ __all__ = [
     "simple_contrastive",
     "sup_con",
 ]
-
-Embeddings = Float[Tensor, "batch dim"]
-Labels = Int[Tensor, "batch"]
-PerAnchor = Float[Tensor, "batch"]
 
 
 @typed

@@ -10,12 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from toolkit.checks import readable, require_positive, require_range, typed
-from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, require_finite, shared
+from toolkit.metric_learning.common import (
+    Embeddings,
+    Labels,
+    PerAnchor,
+    Scalar,
+    masked_logsumexp,
+    pair_masks,
+    require_finite,
+    shared,
+)
 from toolkit.metric_learning.similarities import Measure, cosine, precomputed, squared_euclidean
 
 __all__ = [
@@ -29,10 +38,6 @@ __all__ = [
     "tcm",
     "zero_mean",
 ]
-
-Embeddings = Float[Tensor, "batch dim"]
-Labels = Int[Tensor, "batch"]
-PerAnchor = Float[Tensor, "batch"]
 
 
 @typed

@@ -8,20 +8,25 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from toolkit.checks import require_labels, require_positive, require_range, typed
-from toolkit.metric_learning.common import Scalar, masked_logsumexp, pair_masks, require_finite, shared
+from toolkit.metric_learning.common import (
+    Embeddings,
+    Labels,
+    PerAnchor,
+    Scalar,
+    masked_logsumexp,
+    pair_masks,
+    require_finite,
+    shared,
+)
 from toolkit.metric_learning.similarities import Measure, cosine, euclidean
 from toolkit.sorting import ascending
 
 __all__ = ["n_pair", "proto_triplet", "triplet"]
-
-Embeddings = Float[Tensor, "batch dim"]
-Labels = Int[Tensor, "batch"]
-PerAnchor = Float[Tensor, "batch"]
 
 
 @typed

@@ -312,7 +312,7 @@ def nearest_other_class(trained: Fleet, task: Task) -> Tensor:
 
 @dataclass(frozen=True)
 class Masked:
-    """An optimiser that leaves the coordinates outside a mask ``(members, size)`` bit for bit as they were.
+    """An optimiser that leaves coordinates outside a mask, ``(members, size)`` or ``(size,)``, bit for bit as they were.
 
     They are put back after every step, and what the optimiser remembers of them is set to 0. Mask and original values
     travel in the optimiser's state, so that chunks of members have theirs.
@@ -330,7 +330,8 @@ class Masked:
         return self.inner.weight_decay
 
     def initial(self, parameters: Tensor) -> dict[str, Tensor]:
-        return {"mask": self.mask.to(parameters), "original": parameters.clone(), **self.inner.initial(parameters)}
+        mask = self.mask.to(parameters).expand_as(parameters).clone()
+        return {"mask": mask, "original": parameters.clone(), **self.inner.initial(parameters)}
 
     def apply(
         self,

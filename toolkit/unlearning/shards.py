@@ -23,6 +23,7 @@ from toolkit.fleet import Adam, Fleet, train
 from toolkit.fleet.chunks import Loss
 from toolkit.fleet.members import Build
 from toolkit.fleet.optimisers import Optimiser
+from toolkit.unlearning.parts import Masked
 
 __all__ = ["Deletions", "Plan", "Sharded", "expected_deletions", "plan_shards", "simulate_deletions", "train_shards"]
 
@@ -125,39 +126,6 @@ class Sharded:
         return models[most > 0]
 
 
-@dataclass(frozen=True)
-class _Only:
-    """An optimiser that moves the coordinates of ``mask`` alone: weight decay and momentum stay within it too."""
-
-    inner: Optimiser
-    mask: Tensor
-
-    @property
-    def lr(self) -> float | Tensor:
-        return self.inner.lr
-
-    @property
-    def weight_decay(self) -> float | Tensor:
-        return self.inner.weight_decay
-
-    def initial(self, parameters: Tensor) -> dict[str, Tensor]:
-        return self.inner.initial(parameters)
-
-    def apply(
-        self,
-        parameters: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        rate: Tensor,
-        decay: Tensor | None,
-        step: int,
-    ) -> None:
-        mask = self.mask.to(parameters.device)
-        before = parameters.clone()
-        self.inner.apply(parameters, torch.where(mask, gradient, 0), state, rate, decay, step)
-        parameters.copy_(torch.where(mask, parameters, before))
-
-
 @typed
 def train_shards(
     build: Build,
@@ -217,7 +185,7 @@ def train_shards(
                 start=stages[-1][again],
                 subsets=subsets[again],
                 seed=seed + stage,
-                optimiser=inner if masks is None else _Only(inner, masks[stage]),
+                optimiser=inner if masks is None else Masked(inner, masks[stage]),
                 **options | length | {"streams": options["streams"][again]},
             )
             parameters[again.to(parameters.device)] = trained.parameters
