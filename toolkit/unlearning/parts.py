@@ -312,10 +312,11 @@ def nearest_other_class(trained: Fleet, task: Task) -> Tensor:
 
 @dataclass(frozen=True)
 class Masked:
-    """An optimiser that leaves coordinates outside a mask, ``(members, size)`` or ``(size,)``, bit for bit as they were.
+    """An optimiser that leaves the coordinates outside a mask bit for bit as they were.
 
-    They are put back after every step, and what the optimiser remembers of them is set to 0. Mask and original values
-    travel in the optimiser's state, so that chunks of members have theirs.
+    The mask is ``(members, size)`` or ``(size,)``. The coordinates are put back after every step, and what the
+    optimiser remembers of them is set to 0. Mask and original values travel in the optimiser's state, so that chunks
+    of members have theirs.
     """
 
     inner: Optimiser
