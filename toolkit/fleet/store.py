@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Fleet:
                 raise ValueError(f"modules[{i}]: expected the architecture that build makes, got another one")
         return cls(build, torch.stack([layout.pack(module) for module in modules]))
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         return Layout.of(fresh(self.build))
 
