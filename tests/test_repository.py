@@ -128,7 +128,7 @@ def test_rooms_are_found_by_name() -> None:
 
 FLOORS = {
     **dict.fromkeys(("checks", "random", "sorting"), 0),
-    **dict.fromkeys(("fleet", "data", "models", "evidence", "intervals"), 0),
+    **dict.fromkeys(("fleet", "data", "models", "evidence", "intervals", "diffusion"), 0),
     **dict.fromkeys(("calibration", "metric_learning", "unlearning", "scaling_laws", "distillation"), 1),
     **dict.fromkeys(("explore", "figures", "exercises"), 2),
     "labs": 3,
