@@ -24,6 +24,7 @@ from toolkit.figures import (
     interval_plot,
     live_axes,
     live_band,
+    live_intervals,
     live_reliability,
     reliability_diagram,
     scatter,
@@ -251,6 +252,19 @@ def test_live_band_is_mean_and_t_interval() -> None:
     assert (band.fill, line.name, line.line.color) == ("toself", "plug-in", COLORS[0])
     assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("bins", "ECE (probability)")
     assert (figure.layout.xaxis.range, figure.layout.yaxis.range) == ((0, 3), (-2, 2))
+
+
+def test_live_intervals_are_markers_with_their_bars() -> None:
+    values = np.random.default_rng(2).normal(size=(7, 3))
+    found = [interval(column, 0.9) for column in values.T]
+    figure = live_axes("set", "accuracy", (-0.5, 2.5), (-3, 3))
+    (dots,) = live_intervals(figure, ["a", "b", "c"], found, "nets", size=[9, 9, 16]).data
+    oracle = stats.ttest_1samp(values, 0).confidence_interval(0.9)
+    np.testing.assert_allclose(np.add(dots.y, dots.error_y.array), oracle.high)
+    np.testing.assert_allclose(np.subtract(dots.y, dots.error_y.arrayminus), oracle.low)
+    assert (dots.x, dots.mode, dots.name, dots.marker.size) == (("a", "b", "c"), "markers", "nets", (9, 9, 16))
+    with pytest.raises(ValueError, match="intervals: expected 2, one for each x, got 3"):
+        live_intervals(figure, [0, 1], found, "nets")
 
 
 def test_live_figures_live_in_an_explorer() -> None:

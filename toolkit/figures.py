@@ -22,6 +22,7 @@ __all__ = [
     "interval_plot",
     "live_axes",
     "live_band",
+    "live_intervals",
     "live_reliability",
     "reliability_diagram",
     "scatter",
@@ -37,7 +38,9 @@ def style() -> None:
     """Set matplotlib's defaults for the labs: colours, sizes readable on a laptop, constrained layout."""
     import matplotlib as mpl
     from cycler import cycler
+    from matplotlib_inline.config import InlineBackend
 
+    InlineBackend.instance().print_figure_kwargs = {}  # the layout fits; to crop a figure is to draw it twice
     mpl.rcParams.update(
         {
             "axes.prop_cycle": cycler(color=COLORS),
@@ -392,6 +395,22 @@ def live_band(
         ]
     )
     return figure
+
+
+def live_intervals(
+    figure: Any, x: Sequence[Any], intervals: Sequence[Interval], label: str, color: str = COLORS[1], size: Any = 11
+) -> Any:
+    """Add to a plotly ``figure`` a marker with its interval at each ``x``: one trace. ``size`` may differ by marker."""
+    if len(x) != len(intervals):
+        raise ValueError(f"intervals: expected {len(x)}, one for each x, got {len(intervals)}")
+    bars = {
+        "type": "data",
+        "symmetric": False,
+        "array": [it.high - it.estimate for it in intervals],
+        "arrayminus": [it.estimate - it.low for it in intervals],
+    }
+    y, marker = [it.estimate for it in intervals], {"size": size, "color": color}
+    return figure.add_scatter(x=list(x), y=y, error_y=bars, mode="markers", name=label, marker=marker)
 
 
 def _faint(color: str) -> str:

