@@ -6,6 +6,7 @@ All scores have one sign, that of a datamodel's weights: the predicted change of
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from toolkit.checks import require_positive, typed
 from toolkit.fleet import Fleet
 from toolkit.fleet.members import Fields, fresh
 from toolkit.fleet.store import as_fields
+from toolkit.unlearning.parts import slopes_of
 
 __all__ = [
     "Datamodels",
@@ -144,7 +146,7 @@ class _Row:
         return functional_call(self.module, dict(self.parameters), (x,), options)
 
 
-def _values(fleet: Fleet, function: Output) -> Callable[[Tensor, dict[str, Tensor], int], Tensor]:
+def _values(fleet: Fleet, function: Output) -> Callable[..., Tensor]:
     """(flat parameters, one example, member's index) -> the function's value for that example."""
     module, layout = fresh(fleet.build).to(fleet.device), fleet.layout
 
@@ -198,8 +200,8 @@ def influence_scores(
         def total(row: Tensor, member: int = member) -> Tensor:
             return vmap(losses, (None, 0, None))(row, examples, member).sum()
 
-        given = vmap(grad(losses), (None, 0, None))(flat, examples, member)
-        wanted = vmap(grad(outputs), (None, 0, None))(flat, asked, member)
+        given = slopes_of(partial(losses, member=member), flat, examples)
+        wanted = slopes_of(partial(outputs, member=member), flat, asked)
         matrix = given.mT @ given if curvature == "fisher" else jacrev(grad(total), chunk_size=_ROWS)(flat)
         matrix.diagonal().add_(penalty)
         factor, bad = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
@@ -236,7 +238,7 @@ def trak(
     size = trained.parameters.shape[1]
     affinities, losses = [], []
     for member, flat in enumerate(trained.parameters.detach()):
-        given, wanted = (vmap(grad(value), (None, 0, None))(flat, batch, member) for batch in (examples, asked))
+        given, wanted = (slopes_of(partial(value, member=member), flat, batch) for batch in (examples, asked))
         if projections is not None:
             key = random.key(seed, int(trained.streams[member]), device=flat.device)
             matrix = random.normal(key, (size, projections), flat.dtype) * projections**-0.5

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from toolkit.fleet import Fleet, train
 from toolkit.fleet.members import Fields, Member, fresh
@@ -198,6 +199,18 @@ def slope(trained: Fleet, parameters: Tensor, fields: Mapping[str, Tensor], weig
     return torch.cat(found)
 
 
+def slopes_of(function: Callable, flat: Tensor, *batch: Any) -> Tensor:
+    """Gradients ``(rows, size)`` of ``function(flat, *row)``, one number, for each row of the batch.
+
+    A copy of ``flat`` for each row and plain autograd: the first call of ``torch.func.grad`` takes seconds.
+    """
+    count = len(tree_leaves(batch)[0])
+    copies = flat.detach().expand(count, -1).clone().requires_grad_()
+    with torch.enable_grad():
+        values = torch.func.vmap(function)(copies, *batch)
+    return torch.autograd.grad(values.sum(), copies)[0]
+
+
 def squared_slopes(trained: Fleet, fields: Mapping[str, Tensor], weights: list[Tensor]) -> list[Tensor]:
     """Σ_i weights_i · (∂CE_i / ∂θ)² of each member, ``(members, size)``, for each of the weights: Fisher diagonals."""
     module, layout = fresh(trained.build).to(trained.device), trained.layout
@@ -208,13 +221,12 @@ def squared_slopes(trained: Fleet, fields: Mapping[str, Tensor], weights: list[T
         views = {name: value[0] for name, value in layout.views(flat[None]).items()}
         return F.cross_entropy(Member(module, views)(x[None])[0], y)
 
-    slopes = torch.func.vmap(torch.func.grad(one), (None, 0, 0))
     together = torch.stack(weights, 1).to(trained.parameters.dtype)
     found = trained.parameters.new_zeros(len(trained), len(weights), trained.parameters.shape[1])
     seen = together.any(1)  # examples that no weight counts are left out
     for member in range(len(trained)):
         for part in seen[member].nonzero()[:, 0].split(_EXAMPLES):
-            squares = slopes(trained.parameters[member], fields["x"][part], fields["y"][part]).square()
+            squares = slopes_of(one, trained.parameters[member], fields["x"][part], fields["y"][part]).square()
             found[member] += together[member][:, part] @ squares
     return list(found.unbind(1))
 
@@ -249,18 +261,18 @@ def solve(
     """(G + ridge I)⁻¹ wanted by conjugate gradients, G the Gauss-Newton matrix of Σ weights · CE at ``parameters``."""
     found, outputs = [], _forward(trained, fields["x"])
     for rows in torch.arange(len(trained), device=trained.device).split(_MEMBERS):
-        flat, share = parameters[rows].detach(), weights[rows].to(parameters.dtype)[..., None]
-        logits, back, *_ = torch.func.vjp(outputs, flat)
-        p = logits.softmax(-1)
+        share = weights[rows].to(parameters.dtype)[..., None]
+        with torch.enable_grad():
+            flat = parameters[rows].detach().requires_grad_()
+            logits = outputs(flat)
+            probe = torch.zeros_like(logits, requires_grad=True)
+            (back,) = torch.autograd.grad(logits, flat, probe, create_graph=True)  # Jᵀ u, whose slope by u is J
+        p = logits.detach().softmax(-1)
 
-        def transposed(change, flat=flat):
-            return torch.func.vjp(outputs, flat)[1](change)[0]
-
-        forth = torch.func.vjp(transposed, torch.zeros_like(logits))[1]  # the transpose of the transpose: J v
-
-        def product(vector, p=p, share=share, back=back, forth=forth, ridge=ridge[rows]):
-            change = forth(vector)[0]
-            return back(share * p * (change - (p * change).sum(-1, keepdim=True)))[0] + ridge * vector
+        def product(vector, p=p, share=share, logits=logits, flat=flat, probe=probe, back=back, ridge=ridge[rows]):
+            (change,) = torch.autograd.grad(back, probe, vector, retain_graph=True)
+            bent = share * p * (change - (p * change).sum(-1, keepdim=True))
+            return torch.autograd.grad(logits, flat, bent, retain_graph=True)[0] + ridge * vector
 
         found.append(_conjugate_gradients(product, wanted[rows], iterations))
     return torch.cat(found)
