@@ -8,20 +8,38 @@ import pytest
 from toolkit.labs.papers import names_used
 from toolkit.labs.reading import code, find, read
 
-ROOMS = ("calibration", "data", "evidence", "explore", "figures", "fleet", "metric_learning", "models")
+ROOMS = (
+    "calibration",
+    "data",
+    "diffusion",
+    "evidence",
+    "explore",
+    "figures",
+    "fleet",
+    "metric_learning",
+    "models",
+    "unlearning",
+)
 
 WAITING = {
     "toolkit.calibration.ledoit_wolf": "called by fit_gaussian; on its own in the second half of the calibration lab",
-    "toolkit.calibration.log_softmax": "every loss is built on it",
     "toolkit.data.cifar10": "profile large of the distillation lab",
     "toolkit.data.cifar100": "profile large of the distillation lab",
     "toolkit.data.fashion_mnist": "profile large of the unlearning lab",
     "toolkit.data.mnist": "profile large of the scaling-laws lab",
     "toolkit.data.cache_dir": "for users who look for their downloads",
-    "toolkit.data.split_by_class": "the unlearning lab, whole classes to forget",
+    "toolkit.diffusion.alpha_sigma": "every conversion is built on it",
+    "toolkit.diffusion.denoised_to_epsilon": "the samplers of the distillation lab",
+    "toolkit.diffusion.epsilon_field": "samplers and erasure are built on it",
+    "toolkit.diffusion.epsilon_to_denoised": "the samplers of the distillation lab",
+    "toolkit.diffusion.epsilon_to_score": "the samplers of the distillation lab",
+    "toolkit.diffusion.guided": "the samplers are built on it",
+    "toolkit.diffusion.mmd": "the one-step samplers of the distillation lab",
+    "toolkit.diffusion.noised": "the denoising loss is built on it",
+    "toolkit.diffusion.probability_flow": "the teacher of the distillation lab's samplers",
+    "toolkit.diffusion.score_to_epsilon": "exact fields are built on it",
+    "toolkit.diffusion.sliced_wasserstein": "measures of erasure are built on it",
     "toolkit.explore.toggle": "the fit explorer of the scaling-laws lab",
-    "toolkit.figures.live_band": "the schedule explorer of the scaling-laws lab",
-    "toolkit.fleet.concatenate": "the unlearning lab, shards",
 }
 
 

@@ -292,6 +292,29 @@ def gpu_rows() -> list[Row]:
     return [Row("fleet of 1,024 on the GPU", "sequential, same GPU", ours, peer, 300)]
 
 
+def forget_rows() -> list[Row]:
+    """Oracles, datamodels and an attack against as many trainings one after the other as the goal speaks of."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import forget
+
+    digits = forget.Digits()
+    rows = {"kept": (~digits.forget).nonzero()[:, 0], "half": torch.arange(0, len(digits.forget), 2)}
+    digits.oracles(2)
+    digits.one_by_one(rows["half"], 1)
+    table = []
+    for name, ours, seen, count, goal in forget.tasks():
+        before, mine, after = (
+            clock(run)
+            for run in (
+                lambda seen=seen: digits.one_by_one(rows[seen], 4),
+                lambda ours=ours: ours(digits),
+                lambda seen=seen: digits.one_by_one(rows[seen], 4),
+            )
+        )
+        table.append(Row(name, f"{count} sequential trainings", mine, count * (before + after) / 8, goal))
+    return table
+
+
 TASKS = {
     "fleet": fleet_rows,
     "ece": ece_rows,
@@ -299,6 +322,7 @@ TASKS = {
     "smooth": smooth_rows,
     "mmce": mmce_rows,
     "metric": metric_rows,
+    "forget": forget_rows,
     "import": import_rows,
     "slider": slider_rows,
     "gpu": gpu_rows,
