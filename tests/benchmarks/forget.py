@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit import data, fleet, models
+from toolkit import calibration, data, fleet, models
 from toolkit import unlearning as un
 
 EPOCHS, BATCH = 15, 64
@@ -34,7 +34,7 @@ class Digits:
 
     @staticmethod
     def loss(model, batch, hyper) -> Tensor:
-        return F.cross_entropy(model(batch.x), batch.y, reduction="none")
+        return calibration.losses.cross_entropy(model(batch.x), batch.y)
 
     def one_by_one(self, rows: Tensor, count: int) -> None:
         """``count`` nets after one another, as anybody would write it."""
