@@ -6,6 +6,7 @@ installed are left out, by name. Seconds are CPU seconds of this machine; only t
 
 import argparse
 import importlib
+import math
 import os
 import platform
 import statistics
@@ -57,15 +58,22 @@ def clock(run: Run, device: str = "cpu") -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def repeat(run: Run, count: int) -> None:
+    for _ in range(count):
+        run()
+
+
 def compare(task: str, ours: Run, peers: dict[str, tuple[Run, float]], repeats: int = 5) -> list[Row]:
-    """Interleaved repeats after one warm-up of each; medians."""
+    """Interleaved repeats after one warm-up of each; medians. A repeat is as many calls in a row as take 25 ms."""
     runs = {"ours": ours} | {name: run for name, (run, _) in peers.items()}
+    calls: dict[str, int] = {}
+    for name, run in runs.items():
+        run()
+        calls[name] = max(1, math.ceil(25 / max(clock(run), 0.025)))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in runs.items():
-            spent = clock(run)
-            if repeat:
-                times[name].append(spent)
+            times[name].append(clock(partial(repeat, run, calls[name])) / calls[name])
     middle = {name: statistics.median(values) for name, values in times.items()}
     return [Row(task, name, middle["ours"], middle[name], goal) for name, (_, goal) in peers.items()]
 

@@ -63,7 +63,7 @@ def cosine(x: Float[Tensor, "rows dim"], y: Float[Tensor, "columns dim"]) -> Flo
 @_measure(far_is_large=True)
 def squared_euclidean(x: Float[Tensor, "rows dim"], y: Float[Tensor, "columns dim"]) -> Float[Tensor, "rows columns"]:
     """Squared Euclidean distance |x - y|² ≥ 0, from the Gram matrix (|x|² + |y|² - 2 x·y, cut off at 0)."""
-    return ((x * x).sum(-1)[:, None] + (y * y).sum(-1) - 2 * (x @ y.mT)).clamp_min(0)
+    return ((x * x).sum(-1)[:, None] + (y * y).sum(-1) - 2 * (x @ y.mT)).relu()
 
 
 @_measure(far_is_large=True)
@@ -87,7 +87,7 @@ def snr(x: Float[Tensor, "rows dim"], y: Float[Tensor, "columns dim"]) -> Float[
     smallest = (4 * torch.finfo(x.dtype).eps) ** 2 * (x * x).sum(-1)[:, None]  # what rounding leaves of equal numbers
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
     signal = (x * x).sum(-1)[:, None]
-    noise = (signal + (y * y).sum(-1) - 2 * (x @ y.mT)).clamp_min(0)
+    noise = (signal + (y * y).sum(-1) - 2 * (x @ y.mT)).relu()
     heard = signal > smallest
     return noise * torch.where(heard, 1 / torch.where(heard, signal, 1), 0)
 
