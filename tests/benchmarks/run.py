@@ -323,6 +323,19 @@ def forget_rows() -> list[Row]:
     return table
 
 
+def fit_rows() -> list[Row]:
+    """Fits of scaling laws, against a part of what the peers do, scaled to the whole."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import fits
+
+    table = []
+    for row in fits.rows():
+        row.ours()
+        mine = statistics.median(clock(row.ours) for _ in range(5))
+        table.append(Row(row.task, row.peer_name, mine, row.times * clock(row.peer), row.goal))
+    return table
+
+
 TASKS = {
     "fleet": fleet_rows,
     "ece": ece_rows,
@@ -331,6 +344,7 @@ TASKS = {
     "mmce": mmce_rows,
     "metric": metric_rows,
     "forget": forget_rows,
+    "fits": fit_rows,
     "import": import_rows,
     "slider": slider_rows,
     "gpu": gpu_rows,
