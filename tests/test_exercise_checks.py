@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toolkit.exercises
-from toolkit.exercises import EXERCISES, Exercise, calibration, check, metric_learning, museum, unlearning
+from toolkit.exercises import EXERCISES, Exercise, calibration, check, metric_learning, museum, scaling_laws, unlearning
 
-LABS = (calibration, metric_learning, museum, unlearning)
+LABS = (calibration, metric_learning, museum, scaling_laws, unlearning)
 NAMES = list(EXERCISES)
 MISTAKES = [(name, mistake) for name in NAMES for mistake in EXERCISES[name].misconceptions]
 

@@ -1,10 +1,14 @@
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fleet_cases import fit
+from torch import Tensor
 
-from toolkit.fleet import SGD, Adam, AdamW
+from toolkit.fleet import SGD, Adam, AdamW, Step, Wrapper, cosine
 
 MEMBERS, SIZE, STEPS = 3, 5, 30
 RATES = torch.tensor([0.1, 0.01, 0.3], dtype=torch.float64)
@@ -117,3 +121,89 @@ def test_bad_shares_are_named():
             SGD(momentum=value)
     with pytest.raises(ValueError, match=r"^nesterov: expected a momentum greater than 0"):
         SGD(nesterov=True)
+
+
+# --- wrappers --------------------------------------------------------------------------------------------------------
+
+INNER: dict[str, Any] = {
+    "adam": Adam(0.05, weight_decay=0.1),
+    "adamw": AdamW(torch.tensor([0.1, 0.01, 0.3]), weight_decay=torch.tensor([0.0, 0.2, 0.05])),
+    "sgd": SGD(0.1, momentum=0.9, weight_decay=0.01),
+    "plain": SGD(0.1),
+}
+
+
+@dataclass(frozen=True)
+class Holding(Wrapper):
+    """Only some coordinates have a gradient; how many steps there were is remembered."""
+
+    mask: Tensor
+
+    own = ("taken",)
+
+    def initial(self, parameters: Tensor) -> dict[str, Tensor]:
+        return {"taken": parameters.new_zeros(len(parameters), 1), **super().initial(parameters)}
+
+    def take(self, step: Step) -> None:
+        step.state["taken"].add_(1)
+        super().take(step._replace(gradient=torch.where(self.mask, step.gradient, 0)))
+
+
+class Reading(SGD):
+    """Writes down which parts of the state it is shown."""
+
+    def apply(self, parameters, gradient, state, rate, decay, step) -> None:
+        assert set(state) == {"momentum"}
+        super().apply(parameters, gradient, state, rate, decay, step)
+
+
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_wrapper_that_changes_nothing_gives_the_same_training_bit_for_bit(name, chunk):
+    inner = INNER[name]
+    options: dict[str, Any] = {"members": 3, "chunk": chunk, "schedule": cosine(), "snapshots": [5]}
+    plain = fit(optimiser=inner, **options)
+    assert (plain.parameters - plain.at(5).parameters).norm(dim=1).min() > 1e-3
+    for wrapped in (Wrapper(inner), Wrapper(Wrapper(inner))):
+        assert wrapped.lr is inner.lr
+        assert wrapped.weight_decay is inner.weight_decay
+        found = fit(optimiser=wrapped, **options)
+        assert torch.equal(found.parameters, plain.parameters)
+        assert torch.equal(found.history, plain.history)
+        assert torch.equal(found.at(5).parameters, plain.at(5).parameters)
+        assert set(found.state) == set(plain.state)
+        assert all(torch.equal(found.state[part], value) for part, value in plain.state.items())
+
+
+@pytest.mark.parametrize("inner", [Adam(0.05), SGD(0.1, momentum=0.9), SGD(0.1)], ids=["adam", "momentum", "sgd"])
+def test_a_wrapper_that_masks_the_gradient_leaves_coordinates_bit_for_bit(inner):
+    start = fit(steps=0, members=3)
+    mask = torch.arange(start.parameters.shape[1]) % 3 == 0
+    plain, found = (fit(start=start, optimiser=each, chunk=2) for each in (inner, Holding(inner, mask)))
+    assert torch.equal(found.parameters[:, ~mask], start.parameters[:, ~mask])
+    assert ((found.parameters != start.parameters)[:, mask]).all()
+    assert (plain.parameters != start.parameters).all()
+    assert found.state["taken"].flatten().tolist() == [12, 12, 12]
+    everything = fit(start=start, optimiser=Holding(inner, torch.ones_like(mask)), chunk=2)
+    assert torch.equal(everything.parameters, plain.parameters)
+
+
+def test_a_wrapper_keeps_its_own_state_to_itself():
+    mask = torch.ones((), dtype=torch.bool)
+    found = fit(optimiser=Wrapper(Holding(Reading(0.1, momentum=0.9), mask)))
+    assert set(found.state) == {"momentum", "taken"}
+    assert torch.equal(found.parameters, fit(optimiser=SGD(0.1, momentum=0.9)).parameters)
+
+
+def test_a_step_holds_what_apply_is_given_in_its_order():
+    assert Step._fields[:-1] == tuple(inspect.signature(Adam.apply).parameters)[1:-1]
+    seen = []
+
+    class Seeing(Wrapper):
+        def take(self, step: Step) -> None:
+            seen.append(step)
+
+    given = [torch.full((1, 1), float(i)) for i in range(5)]
+    parameters, gradient, state, rate, decay = given[0], given[1], {"mean": given[2]}, given[3], given[4]
+    Seeing(Adam()).apply(parameters, gradient, state, rate, decay, 7)
+    assert seen == [(parameters, gradient, state, rate, decay, 7)]

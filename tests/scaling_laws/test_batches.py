@@ -11,16 +11,17 @@ from toolkit.fleet import SGD, Fleet, train
 from toolkit.models import MLP
 from toolkit.scaling_laws.batches import (
     GhostNormMLP,
-    critical_batch,
+    fit_critical_batch,
     fit_diffusion,
     ghost_norm,
     gradient_noise,
     noise_scale,
     running_statistics,
     scaled_rate,
-    steps_to_loss,
+    steps_to_reach,
     travelled,
 )
+from toolkit.scaling_laws.step_laws import log_diffusion
 
 X = random.normal(random.key(1), (24, 5), torch.float64)
 Y = (X[:, 0] > 0).long()
@@ -36,7 +37,7 @@ def test_critical_batch_of_planted_curves():
     least, critical = torch.tensor([120.0, 500.0]).double(), torch.tensor([64.0, 300.0]).double()
     batch = torch.tensor([8.0, 32, 64, 300, 2000]).double()
     steps = least[:, None] * (1 + critical[:, None] / batch)
-    found = critical_batch(steps, steps * batch)
+    found = fit_critical_batch(steps, steps * batch)
     torch.testing.assert_close(found.steps, least)
     torch.testing.assert_close(found.batch, critical)
     torch.testing.assert_close(found.examples, least * critical)
@@ -45,13 +46,13 @@ def test_critical_batch_of_planted_curves():
     torch.testing.assert_close(
         (steps / found.steps[:, None] - 1) * (steps * batch / found.examples[:, None] - 1), steps**0
     )
-    mapped = torch.vmap(critical_batch)(steps, steps * batch)
+    mapped = torch.vmap(fit_critical_batch)(steps, steps * batch)
     torch.testing.assert_close(mapped.batch, critical)
 
 
-def test_steps_to_loss_interpolates():
+def test_steps_to_reach_interpolates():
     losses = torch.tensor([[4.0, 3.0, 1.0, 2.0, 0.5], [1.0, 1.0, 1.0, 1.0, 1.0]])
-    found = steps_to_loss(losses, torch.tensor([5.0, 3.5, 2.0, 0.6, 0.1]))
+    found = steps_to_reach(losses, torch.tensor([5.0, 3.5, 2.0, 0.6, 0.1]))
     expected = torch.tensor([0, 0.5, 1.5, 3 + 1.4 / 1.5, float("nan")])
     torch.testing.assert_close(found[0], expected, equal_nan=True)
     assert found[1, 0] == 0
@@ -176,10 +177,10 @@ def test_planted_diffusion_laws():
     t = torch.tensor([1.0, 5, 10, 20, 50, 100, 300, 1000, 3000]).double()
     noise = torch.zeros(9).double()
     noise[:2] = 50  # before step 10: not looked at
-    laws = torch.stack([2 + 3 * t.log(), 1 + 0.5 * t.sqrt(), 4 + 2 * t**0.3]) + noise
+    laws = torch.stack([log_diffusion(t, 2.0, 3.0), 1 + 0.5 * t.sqrt(), 4 + 2 * t**0.3]) + noise
     fit = fit_diffusion(t, laws)
-    assert float(fit.c0[0]) == pytest.approx(2, abs=1e-10)
-    assert float(fit.c1[0]) == pytest.approx(3, abs=1e-10)
+    assert float(fit.offset[0]) == pytest.approx(2, abs=1e-10)
+    assert float(fit.rate[0]) == pytest.approx(3, abs=1e-10)
     assert float(fit.r2_log[0]) == pytest.approx(1, abs=1e-12)
     assert fit.r2_sqrt[0] < 0.9
     assert float(fit.r2_sqrt[1]) == pytest.approx(1, abs=1e-12)
@@ -189,7 +190,7 @@ def test_planted_diffusion_laws():
     logs = t[2:].log()
     slope = float(((logs - logs.mean()) * laws[1, 2:]).sum() / (logs - logs.mean()).square().sum())
     intercept = float(laws[1, 2:].mean() - slope * logs.mean())
-    assert (float(fit.c1[1]), float(fit.c0[1])) == pytest.approx((slope, intercept))
+    assert (float(fit.rate[1]), float(fit.offset[1])) == pytest.approx((slope, intercept))
 
 
 def test_travelled_reads_snapshots():
@@ -214,13 +215,16 @@ def test_travelled_reads_snapshots():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: critical_batch(torch.ones(1), torch.ones(1)), "steps: expected at least 2 runs"),
-        (lambda: critical_batch(torch.ones(3), torch.ones(3)), "examples: expected runs with different"),
-        (lambda: critical_batch(torch.tensor([1.0, -2]), torch.tensor([1.0, 2])), "steps: expected values greater"),
-        (lambda: critical_batch(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2])), "steps: expected"),
-        (lambda: critical_batch(torch.tensor([1.0, 2]), torch.tensor([1.0, torch.inf])), "examples: expected finite"),
-        (lambda: steps_to_loss(torch.tensor([1.0, float("nan")]), torch.ones(1)), "losses: expected numbers"),
-        (lambda: steps_to_loss(torch.ones(1), torch.ones(1)), "losses: expected at least 2"),
+        (lambda: fit_critical_batch(torch.ones(1), torch.ones(1)), "steps: expected at least 2 runs"),
+        (lambda: fit_critical_batch(torch.ones(3), torch.ones(3)), "examples: expected runs with different"),
+        (lambda: fit_critical_batch(torch.tensor([1.0, -2]), torch.tensor([1.0, 2])), "steps: expected values greater"),
+        (lambda: fit_critical_batch(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2])), "steps: expected"),
+        (
+            lambda: fit_critical_batch(torch.tensor([1.0, 2]), torch.tensor([1.0, torch.inf])),
+            "examples: expected finite",
+        ),
+        (lambda: steps_to_reach(torch.tensor([1.0, float("nan")]), torch.ones(1)), "losses: expected numbers"),
+        (lambda: steps_to_reach(torch.ones(1), torch.ones(1)), "losses: expected at least 2"),
         (lambda: noise_scale(torch.ones(()), torch.ones(()), 8, 8), "small_batch: expected"),
         (lambda: scaled_rate(0.1, 0, 8), "batch: expected a number greater"),
         (lambda: ghost_norm(torch.ones(4, 2), 1), "ghost: expected chunks"),

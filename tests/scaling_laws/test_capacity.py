@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from law_cases import check_derivatives, check_vmap
 from torch import nn
 
 from toolkit.fleet import Adam, Fleet, train
@@ -91,15 +92,54 @@ def test_bits_of_those_who_are_known():
     assert found.names[0] < 5 * math.log2(216 / 5)  # it spends probability on those it was not asked about
 
 
+FACTS: dict[str, Any] = {"people": 1000, "names": 2**20, "attributes": 4, "values": 32, "chunks": 2}
+
+
+def test_bits_of_guessing_and_of_perfect_memory():
+    guess = stored_bits(number(math.log(2**20)), number(2 * math.log(32)), **FACTS)
+    assert guess.names.item() == pytest.approx(0, abs=1e-9)
+    assert guess.values.item() == pytest.approx(0, abs=1e-9)
+    perfect = stored_bits(number(math.log(1000)), number(0.0), **FACTS)
+    assert perfect.names.item() == pytest.approx(1000 * math.log2(2**20 / 1000))
+    assert perfect.values.item() == pytest.approx(1000 * 4 * 2 * 5)
+    for found in (guess, perfect):
+        assert found.most.item() == pytest.approx((perfect.names + perfect.values).item())
+    worse = stored_bits(number(math.log(1000)), number(2 * math.log(32) + 1), **FACTS)
+    assert worse.values.item() == pytest.approx(-4000 / LN2)  # affine, -N K / ln 2 per nat
+    assert worse.total.item() == pytest.approx(perfect.names.item())
+
+
+def test_bits_of_a_biography():
+    """A person is one of 400 · 400 · 1000 names with 47.59 bits of facts; a name alone is 27.25 bits."""
+    names, zero = 400 * 400 * 1000, number(0.0)
+    options: dict[str, Any] = {"attributes": 1, "values": 2 * (12 * 28 * 200) * 200 * 300 * 100 * 263}
+    assert stored_bits(zero, zero, people=1, names=names, **options).most.item() == pytest.approx(74.84, abs=0.01)
+    everybody = stored_bits(zero, zero, people=names, names=names, **options)
+    assert everybody.most.item() / names == pytest.approx(47.59, abs=5e-3)
+
+
 def test_bits_are_affine_and_additive():
-    base = stored_bits(number(3.0), number(1.0), 50, 1000, 4, 8)
-    more = stored_bits(number(3.5), number(1.2), 50, 1000, 4, 8)
+    options: dict[str, Any] = {"people": 50, "names": 1000, "values": 8}
+    base = stored_bits(number(3.0), number(1.0), attributes=4, **options)
+    more = stored_bits(number(3.5), number(1.2), attributes=4, **options)
     assert (more.names - base.names).item() == pytest.approx(-50 * 0.5 / LN2, abs=1e-9)
     assert (more.values - base.values).item() == pytest.approx(-50 * 4 * 0.2 / LN2, abs=1e-9)
-    parts = [stored_bits(number(3.0), number(p), 50, 1000, 1, 8).values for p in (0.4, 1.0, 1.0, 1.6)]
+    parts = [stored_bits(number(3.0), number(p), attributes=1, **options).values for p in (0.4, 1.0, 1.0, 1.6)]
     assert torch.stack(parts).sum().item() == pytest.approx(base.values.item(), abs=1e-9)
-    published = stored_bits(number(0.0), number(0.0), 1, 400 * 400 * 1000, 1, 2)
+    published = stored_bits(number(0.0), number(0.0), people=1, names=400 * 400 * 1000, attributes=1, values=2)
     assert published.names.item() == pytest.approx(27.25, abs=5e-3)
+
+
+BITS: tuple[Any, Any, Any] = (
+    lambda law, p: sum(stored_bits(p, p / 3, people=law[0], names=law[1], attributes=law[2], values=law[3])),
+    (1000.0, 2.0**20, 3.0, 32.0),
+    (torch.tensor([3.0, 7.0], dtype=torch.float64),),
+)
+
+
+def test_bits_as_a_law_of_their_counts():
+    check_derivatives(*BITS)
+    check_vmap(*BITS)
 
 
 def build():
@@ -165,15 +205,19 @@ def test_bad_input():
         biographies(9, seed=0, letters=3, alphabet=2)
     with pytest.raises(ValueError, match="letters"):
         biographies(9, seed=0, letters=8)
-    for name, arguments in (
-        ("people", (number(1.0), number(1.0), 0, 10, 1, 2)),
-        ("people", (number(1.0), number(1.0), 11, 10, 1, 2)),
-        ("values", (number(1.0), number(1.0), 5, 10, 1, 1)),
-        ("name_nats", (number(-1.0), number(1.0), 5, 10, 1, 2)),
-        ("value_nats", (number(1.0), number(math.nan), 5, 10, 1, 2)),
-    ):
-        with pytest.raises(ValueError, match=name):
-            stored_bits(*arguments)
+    wrong: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("people", {"people": 0}),
+        ("people", {"people": 2**20 + 1}),
+        ("names", {"names": 0}),
+        ("attributes", {"attributes": 0}),
+        ("values", {"values": 1}),
+        ("chunks", {"chunks": 0}),
+        ("name_nats", {"name_nats": number(-1.0)}),
+        ("value_nats", {"value_nats": number(math.nan)}),
+    )
+    for name, changed in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            stored_bits(**{"name_nats": number(1.0), "value_nats": number(1.0)} | FACTS | changed)
     fleet = Fleet.of([build()], build)
     with pytest.raises(ValueError, match="known"):
         knowledge(fleet, SMALL, torch.zeros(1, 48, dtype=torch.bool))

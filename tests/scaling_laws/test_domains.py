@@ -1,4 +1,4 @@
-"""Entropy and divergence by identities, pictures by summing over all of them, frontiers by planted laws."""
+"""Entropy and divergence by identities, pictures by summing over all of them."""
 
 import itertools
 import math
@@ -12,13 +12,11 @@ from toolkit.scaling_laws.corpora import markov_source, windows
 from toolkit.scaling_laws.domains import (
     PixelModel,
     binary_digits,
-    compute_frontier,
     entropy_and_divergence,
     information,
     leak_alarm,
     pixel_loss,
     pixel_sweep,
-    size_for_divergence,
     tabular_model,
 )
 
@@ -109,40 +107,6 @@ def test_information_of_a_known_joint_distribution():
     assert information(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))[1] == pytest.approx(1.0)
 
 
-def test_the_forecast_of_a_size_inverts_the_law():
-    size = size_for_divergence(0.05, 2e3, 0.31)
-    assert (2e3 / size) ** 0.31 == pytest.approx(0.05, rel=1e-12)
-
-
-def test_the_frontier_of_planted_curves_has_the_exponents_of_theory():
-    """L = E + A/N^a + B/D^b at C = 6ND: N_opt ∝ C^(b/(a+b)), L - E ∝ C^(-ab/(a+b))."""
-    a, b = 0.35, 0.55
-    size = torch.logspace(3, 7, 41, dtype=torch.float64)[:, None]
-    data = torch.logspace(3, 8, 400, dtype=torch.float64)[None]
-    losses, compute = 1.5 + 40 * size**-a + 300 * data**-b, 6 * size * data
-    rows, times = compute_frontier(compute, losses)
-    inner = (rows > 2) & (rows < 38)
-    rows, times = rows[inner], times[inner]
-    assert len(rows.unique()) > 15
-    cost = compute[rows, times].log()
-
-    def slope(values):
-        centred = cost - cost.mean()
-        return float((centred * values).sum() / centred.square().sum())
-
-    assert slope(size[rows, 0].log()) == pytest.approx(b / (a + b), abs=0.01)
-    assert slope((losses[rows, times] - 1.5).log()) == pytest.approx(-a * b / (a + b), abs=0.01)
-
-
-def test_the_frontier_is_the_lower_hull():
-    compute = torch.tensor([[1.0, 2.0, 4.0], [2.0, 4.0, 8.0]]).double().exp()
-    losses = torch.tensor([[3.0, 2.9, 1.5], [2.0, 1.6, 1.4]]).double()
-    rows, times = compute_frontier(compute, losses)
-    assert list(zip(rows.tolist(), times.tolist(), strict=True)) == [(0, 0), (1, 0), (0, 2), (1, 2)]
-    higher = torch.tensor([[3.0, 2.9, 1.5], [2.0, 1.6, 1.7]]).double()  # more compute, more loss: not on it
-    assert compute_frontier(compute, higher)[0].tolist() == [0, 1, 0]
-
-
 def test_a_pixel_model_is_a_distribution_and_does_not_look_ahead():
     torch.manual_seed(0)
     model = PixelModel(6, 4, 3).double()
@@ -197,7 +161,6 @@ def test_wider_models_of_pictures_are_better_and_the_label_tells_something():
 def test_bad_input():
     row = torch.full((1, 2), 0.5)
     train = {"x": torch.ones(4, 3), "y": torch.tensor([0, 1, 2, 3])}
-    one = torch.ones(1, 1)
     for name, call in (
         ("truth", lambda: entropy_and_divergence(row * 3, row, torch.ones(1))),
         ("model", lambda: entropy_and_divergence(row, row * 3, torch.ones(1))),
@@ -210,11 +173,6 @@ def test_bad_input():
         ("losses", lambda: leak_alarm(torch.tensor([1.0, math.nan]), 1.0)),
         ("errors", lambda: leak_alarm(torch.ones(2), 1.0, 0.0)),
         ("plain", lambda: information(torch.ones(1), torch.ones(1))),
-        ("divergence", lambda: size_for_divergence(0.0, 1.0, 1.0)),
-        ("exponent", lambda: size_for_divergence(1.0, 1.0, -1.0)),
-        ("losses", lambda: compute_frontier(one, one)),
-        ("compute", lambda: compute_frontier(torch.zeros(1, 2), torch.ones(1, 2))),
-        ("losses", lambda: compute_frontier(torch.ones(1, 2), torch.zeros(1, 2))),
         ("held_out", lambda: binary_digits(0)),
         ("width", lambda: PixelModel(3, 0)),
         ("seeds", lambda: pixel_sweep(train, train, seeds=0)),

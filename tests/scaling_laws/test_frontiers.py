@@ -1,48 +1,30 @@
-"""Frontiers, crossings and envelopes against dense grids, closed forms, exact inverses and published exponents."""
+"""Frontiers against dense grids, closed forms, exact inverses and published exponents."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
+from law_cases import doubles
 from torch.func import vmap
 
+from toolkit.scaling_laws.constants import Bivariate, Chinchilla, DataConstrained, KaplanSteps
 from toolkit.scaling_laws.frontiers import (
     bivariate_split,
     budget_to_loss,
     compute_optimal,
     compute_optimal_numeric,
-    crossover,
     frontier_exponents,
     isoflop,
     kaplan_frontier,
-    lower_envelope,
-    one_epoch,
-    speed_up,
     steps_to_loss,
     tokens_to_loss,
 )
-from toolkit.scaling_laws.laws import (
-    Bivariate,
-    Chinchilla,
-    DataConstrained,
-    KaplanSteps,
-    PowerLaw,
-    bivariate,
-    chinchilla,
-    critical_batch,
-    data_constrained,
-    kaplan_steps,
-    power_law,
-)
+from toolkit.scaling_laws.size_laws import bivariate, chinchilla, data_constrained
+from toolkit.scaling_laws.step_laws import critical_batch, kaplan_steps
 
 STEPS = KaplanSteps(6.5e13, 0.077, 2.1e3, 0.76, 2e8, 0.21)
 EPOCH = Chinchilla(1.8169, 482.01, 2085.43, 0.3478, 0.3658)
 BUDGET = torch.logspace(18, 25, 8, dtype=torch.float64)
-
-
-def doubles(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def epoch(n, d):
@@ -159,165 +141,13 @@ def test_the_best_split():
     assert (excess[1] / excess[0]).item() == pytest.approx(100**-0.5)
 
 
-# Crossings
-
-
-def test_crossing_with_a_shared_floor():
-    first, second = PowerLaw(1.5, 30.0, 0.4), PowerLaw(1.5, 8.0, 0.25)
-    meeting = crossover(first, second, 1.0, 1e9)
-    at = (30 / 8) ** (1 / 0.15)
-    assert meeting.at[0].item() == pytest.approx(at, rel=1e-13)
-    assert meeting.at[1].isnan()
-    assert meeting.loss[0].item() == pytest.approx(1.5 + 30 * at**-0.4, rel=1e-13)
-    assert crossover(first, second, 1.0, at * 0.99).at.isnan().all()
-    assert crossover(first, second, at * 1.01, 1e9).at.isnan().all()
-    near = crossover(first, PowerLaw(1.5 - 1e-13, 8.0, 0.25), 1.0, 1e9)  # by the root: the same
-    assert near.at[0].item() == pytest.approx(at, rel=1e-9)
-
-
-def test_crossings_with_two_floors():
-    """One, two and no crossing, against the losses there and sign changes on a dense grid."""
-    x = torch.logspace(0, 9, 200001, dtype=torch.float64)
-    cases = {
-        (PowerLaw(1.5, 30.0, 0.4), PowerLaw(1.7, 8.0, 0.25)): 1,
-        (PowerLaw(1.8, 30.0, 0.5), PowerLaw(1.7, 8.0, 0.25)): 2,
-        (PowerLaw(2.9, 30.0, 0.5), PowerLaw(1.7, 8.0, 0.25)): 0,
-        (PowerLaw(1.8, 8.0, 0.25), PowerLaw(1.7, 9.0, 0.25)): 1,
-        (PowerLaw(1.8, 8.0, 0.25), PowerLaw(1.7, 8.0, 0.25)): 0,
-        (PowerLaw(1.8, 8.0, 0.25), PowerLaw(1.8, 8.0, 0.25)): 0,
-    }
-    for (first, second), count in cases.items():
-        for one, other in ((first, second), (second, first)):
-            found = crossover(one, other, 1.0, 1e9)
-            signs = power_law(x, one) > power_law(x, other)
-            grid = x[1:][signs[1:] != signs[:-1]]
-            assert len(grid) == count
-            assert int((~found.at.isnan()).sum()) == count
-            torch.testing.assert_close(found.at[:count], grid, rtol=2e-4, atol=0)
-            torch.testing.assert_close(power_law(found.at[:count], one), power_law(found.at[:count], other))
-            torch.testing.assert_close(power_law(found.at[:count], one), found.loss[:count])
-
-
-def test_a_single_crossing_comes_first():
-    first, second = PowerLaw(1.8, 30.0, 0.5), PowerLaw(1.7, 8.0, 0.25)
-    both = crossover(first, second, 1.0, 1e9).at
-    assert both[0] < both[1]
-    for turn in (both.prod().sqrt().item(), both[0].item() * 1.001):
-        later = crossover(first, second, turn, 1e9).at
-        assert later[0].item() == pytest.approx(both[1].item())
-        assert later[1].isnan()
-
-
-def test_crossings_of_many_resamples():
-    scale = torch.linspace(5, 40, 50, dtype=torch.float64)
-    first, second = PowerLaw(1.5, scale, 0.4), PowerLaw(1.5, 8.0, 0.25)
-    found = crossover(first, second, 1.0, 1e4).at[:, 0]
-    closed = (scale / 8) ** (1 / 0.15)
-    inside = (closed >= 1) & (closed <= 1e4)
-    assert torch.equal(inside, ~found.isnan())
-    assert 0 < inside.sum() < 50
-    torch.testing.assert_close(found[inside], closed[inside])
-    one = vmap(lambda s: crossover(PowerLaw(1.5, s, 0.4), second, 1.0, 1e4).at)(scale)
-    torch.testing.assert_close(one[:, 0], found, equal_nan=True)
-
-
-# Envelopes
-
-
-def curves(floor=1.7, alpha=0.34, beta=0.28, sizes=13, points=160):
-    """One-pass runs of many sizes: L(N, D) along D, compute 6ND."""
-    n = torch.logspace(6, 10, sizes, dtype=torch.float64)
-    d = torch.logspace(3, 13, points, dtype=torch.float64).expand(sizes, points)
-    return n, 6 * n[:, None] * d, chinchilla(n[:, None].expand_as(d), d, Chinchilla(floor, 406.4, 410.7, alpha, beta))
-
-
-@pytest.mark.parametrize(("alpha", "beta"), [(0.34, 0.28), (0.3, 0.5)])
-@pytest.mark.parametrize("floor", [0.0, 1.7])
-def test_envelope_exponents(alpha, beta, floor):
-    """N_opt ~ C^(β/(α+β)) and L - E ~ C^(-αβ/(α+β)), from the curves alone, within 0.01."""
-    n, compute, loss = curves(floor, alpha, beta)
-    envelope = lower_envelope(compute, loss, n, floor)
-    assert envelope.size_exponent.item() == pytest.approx(beta / (alpha + beta), abs=0.01)
-    assert envelope.loss_exponent.item() == pytest.approx(alpha * beta / (alpha + beta), abs=0.01)
-    seen = ~envelope.compute.isnan()
-    assert seen.sum() == 11
-    assert torch.equal(seen, envelope.touching.any(1))
-    law = Chinchilla(floor, 406.4, 410.7, alpha, beta)
-    best = compute_optimal(envelope.compute[seen], law)
-    torch.testing.assert_close(envelope.loss[seen], best.loss, rtol=3e-3, atol=0)
-    assert (best.size / n[seen]).log().abs().max() < 0.15
-
-
-def test_touching_points_are_those_of_a_convex_hull():
-    n, compute, loss = curves(sizes=5, points=30)
-    order = compute.flatten().argsort()
-    x, y = compute.flatten()[order].log().tolist(), loss.flatten()[order].tolist()
-    hull: list[int] = []
-    for i in range(len(x)):  # Andrew's monotone chain, lower half
-        while len(hull) > 1:
-            a, b = hull[-2:]
-            if (x[b] - x[a]) * (y[i] - y[a]) > (y[b] - y[a]) * (x[i] - x[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    expected = torch.zeros(150, dtype=torch.bool)
-    expected[order[torch.tensor(hull)]] = True
-    expected = expected.reshape(5, 30)
-    expected[0] = expected[-1] = False
-    expected[:, [0, -1]] = False
-    touching = lower_envelope(compute, loss, n).touching
-    assert torch.equal(touching, expected)
-    assert touching.any(1).tolist() == [False, True, True, True, False]
-    shuffled = torch.tensor([3, 0, 4, 2, 1])
-    moved = lower_envelope(compute[shuffled], loss[shuffled], n[shuffled])
-    assert torch.equal(moved.touching, touching[shuffled])
-
-
-def test_units_of_compute():
-    """FLOPs in petaFLOP-days: the hull and both exponents stay, its compute moves."""
-    n, compute, loss = curves(sizes=6, points=60)
-    day = 8.64e19
-    one, other = lower_envelope(compute, loss, n, 1.7), lower_envelope(compute / day, loss, n / 1e6, 1.7)
-    assert torch.equal(one.touching, other.touching)
-    torch.testing.assert_close(one.compute, other.compute * day, equal_nan=True)
-    torch.testing.assert_close(torch.stack(one[3:]), torch.stack(other[3:]))
+def test_units_of_sizes_and_data():
+    """Parameters in millions and tokens in billions: the same frontier."""
     other_units = EPOCH._replace(size_scale=482.01 * 1e6**-EPOCH.alpha, data_scale=2085.43 * 1e9**-EPOCH.beta)
     rescaled, plain = compute_optimal(BUDGET / 1e15, other_units), compute_optimal(BUDGET, EPOCH)
     torch.testing.assert_close(rescaled.size * 1e6, plain.size)
     torch.testing.assert_close(rescaled.data * 1e9, plain.data)
     torch.testing.assert_close(rescaled.loss, plain.loss)
-
-
-# One epoch
-
-
-def test_one_epoch():
-    p, t = doubles(1e8, 1e6), doubles(1e9, 1e9)
-    size, tokens = one_epoch(p, t)
-    torch.testing.assert_close(size * tokens, p * t)
-    torch.testing.assert_close(tokens / size, doubles(5, 5))
-    law = Chinchilla(1.5, 300.0, 300.0 * 5**0.4, 0.4, 0.4)  # of which 5 tokens per parameter is the optimum
-    best = compute_optimal(6 * p * t, law)
-    torch.testing.assert_close(size, best.size)
-    off = law._replace(data_scale=300.0 * 20**0.4)  # there it is 20
-    regret = chinchilla(*one_epoch(p, t), off) - compute_optimal(6 * p * t, off).loss
-    torch.testing.assert_close(one_epoch(p, t, 20.0)[0], compute_optimal(6 * p * t, off).size)
-    assert (regret > 0.001).all()
-
-
-def test_speed_up_of_two_power_laws():
-    """t = (c/L)^(1/b): the ratio of costs is (c1/c2)^(1/b), wherever the points of the new curve lie."""
-    cost, new_cost = torch.logspace(2, 5, 30, dtype=torch.float64), torch.logspace(1, 6, 17, dtype=torch.float64)
-    slow, fast = 9.0 * cost**-0.3, 6.0 * new_cost**-0.3
-    assert speed_up(cost, slow, new_cost, fast).item() == pytest.approx((9 / 6) ** (1 / 0.3), rel=1e-12)
-    overfits = torch.cat([slow, slow[-1:] * 2])  # what comes after the best does not count
-    longer = torch.cat([cost, doubles(1e7)])
-    assert speed_up(longer, overfits, new_cost, fast).item() == pytest.approx(1.5 ** (1 / 0.3), rel=1e-12)
-    assert speed_up(cost, slow, new_cost, fast + 1).isnan()
-    assert speed_up(cost, slow, cost, slow).item() == pytest.approx(1)
-    assert speed_up(cost, slow, new_cost, fast * 1e-6).item() == pytest.approx(1e5 / 10)
-    many = vmap(lambda scale: speed_up(cost, slow, new_cost, scale * new_cost**-0.3))(doubles(6.0, 4.0))
-    torch.testing.assert_close(many, (9 / doubles(6.0, 4.0)) ** (1 / 0.3))
 
 
 def test_a_fleet_of_laws_and_single_precision():
@@ -337,9 +167,6 @@ def test_a_fleet_of_laws_and_single_precision():
     torch.testing.assert_close(exponents, 0.3658 / (alpha + 0.3658))
 
 
-N4: Any = curves(sizes=4, points=10)
-
-
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -354,15 +181,6 @@ N4: Any = curves(sizes=4, points=10)
         (lambda: isoflop(doubles(1e18), doubles(-1.0), epoch), "n"),
         (lambda: kaplan_frontier(doubles(math.nan), STEPS), "budget"),
         (lambda: bivariate_split(doubles(0.0), Bivariate(1.0, 1.0, 0.2, 0.3)), "total"),
-        (lambda: crossover(PowerLaw(1.0, 1.0, 0.5), PowerLaw(1.0, 2.0, 0.6), 5.0, 2.0), "high"),
-        (lambda: crossover(PowerLaw(1.0, -1.0, 0.5), PowerLaw(1.0, 2.0, 0.6), 1.0, 2.0), "scale"),
-        (lambda: lower_envelope(N4[1][:3], N4[2][:3], N4[0][:3]), "compute"),
-        (lambda: lower_envelope(N4[1], -N4[2], N4[0]), "loss"),
-        (lambda: lower_envelope(N4[1], N4[2] * math.inf, N4[0]), "loss"),
-        (lambda: lower_envelope(N4[1], N4[2], torch.ones(4).double()), "loss"),
-        (lambda: one_epoch(doubles(1.0), doubles(1.0), -5.0), "ratio"),
-        (lambda: speed_up(doubles(2.0, 1.0), doubles(2.0, 1.0), doubles(1.0), doubles(1.0)), "cost"),
-        (lambda: speed_up(doubles(1.0), doubles(2.0), doubles(1.0), doubles(-1.0)), "new_loss"),
     ],
 )
 def test_bad_input(call, name):

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from toolkit.fleet import Adam, Fleet, train
 from toolkit.models import MLP, ByteTransformer
 from toolkit.unlearning.editing import layer_keys, rank_one_edit, redirect_concept
-from toolkit.unlearning.language import IGNORED, facts, next_byte_loss, recall
+from toolkit.unlearning.language import next_byte_loss, recall
+from toolkit.unlearning.texts import IGNORED, facts
 
 OUT, IN = 4, 6
 TEXT = facts(5, {"home": ("{name} in {answer}.", "so {name}: {answer}.")}, pool=4, seed=3)

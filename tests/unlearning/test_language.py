@@ -12,20 +12,17 @@ from toolkit.fleet import SGD, Adam, Fleet, train
 from toolkit.models import ByteTransformer
 from toolkit.unlearning import language
 from toolkit.unlearning.language import (
-    IGNORED,
     answer_log_probability,
     answer_probability,
-    canary,
     exposure,
-    facts,
     flat,
     flat_loss,
-    join,
     next_byte_loss,
     npo,
     npo_loss,
     recall,
 )
+from toolkit.unlearning.texts import IGNORED, TEMPLATES, canary, facts, join
 
 SHORT = {"home": ("{name} in {answer}.", "so {name}: {answer}.")}
 TEXT = facts(5, SHORT, pool=4, seed=3)
@@ -71,7 +68,7 @@ def test_facts_are_stated_in_every_form_with_the_same_answer():
         kind = ("home", "pet")[fact % 2]
         asked = "".join(chr(b) for b in text.y[row][text.answer[row]].tolist())
         name = next(word for word in line.replace(".", "").split() if word in {ln.split()[0] for ln in lines[::3]})
-        assert line == language.TEMPLATES[kind][form].format(name=name, answer=asked[:-1])
+        assert line == TEMPLATES[kind][form].format(name=name, answer=asked[:-1])
         assert asked[4:] == "."
         answers.setdefault(fact, set()).add(asked)
     assert [len(said) for said in answers.values()] == [1] * 12

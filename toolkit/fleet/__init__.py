@@ -1,8 +1,8 @@
 """Train many models at once: one loss written for one model, every random choice a function of (seed, member)."""
 
 from toolkit.fleet.engine import grid, train
-from toolkit.fleet.optimisers import SGD, Adam, AdamW
-from toolkit.fleet.samplers import ClassBalanced, Uniform
+from toolkit.fleet.optimisers import SGD, Adam, AdamW, Step, Wrapper
+from toolkit.fleet.samplers import ClassBalanced, InOrder, Uniform
 from toolkit.fleet.schedules import constant, cosine, linear, stable_decay, warmup
 from toolkit.fleet.store import Fleet, concatenate, each
 
@@ -12,7 +12,10 @@ __all__ = [
     "AdamW",
     "ClassBalanced",
     "Fleet",
+    "InOrder",
+    "Step",
     "Uniform",
+    "Wrapper",
     "concatenate",
     "constant",
     "cosine",

@@ -1,10 +1,11 @@
 """Optimisers that step a whole fleet: parameters, gradients and state are ``(members, size)``.
 
-Learning rate and weight decay may be one number or a tensor with one value per member.
+Learning rate and weight decay may be one number or a tensor with one value per member. An optimiser that does
+something around another one's step (masks it, scales it, writes it down) is a :class:`Wrapper`.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -131,3 +132,59 @@ class SGD:
             velocity = state["momentum"].mul_(self.momentum).add_(gradient)
             gradient = gradient + self.momentum * velocity if self.nesterov else velocity
         parameters.addcmul_(gradient, rate, value=-1)
+
+
+class Step(NamedTuple):
+    """One step of an optimiser: what :meth:`Optimiser.apply` is given, in its order.
+
+    ``rate`` is learning rate times schedule ``(members, 1)``, 0 where a member stands still; ``decay`` is ``(members,
+    1)`` or None where there is none; ``number`` counts from 0.
+    """
+
+    parameters: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    rate: Tensor
+    decay: Tensor | None
+    number: int
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """An optimiser around another one. As it stands it changes nothing: training is that of ``inner``, bit for bit.
+
+    A subclass, a frozen dataclass too, overrides :meth:`take`, and where it remembers something of its own also
+    :meth:`initial`: ``{"name": ..., **super().initial(parameters)}``, the name listed in ``own``. What is one value
+    per member belongs into that state, as a tensor whose first dimension is the members: a fleet is trained in chunks,
+    and only the state is cut with it. Nested wrappers need different names in ``own``.
+    """
+
+    inner: Optimiser
+
+    own: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def lr(self) -> float | Tensor:
+        return self.inner.lr
+
+    @property
+    def weight_decay(self) -> float | Tensor:
+        return self.inner.weight_decay
+
+    def initial(self, parameters: Tensor) -> dict[str, Tensor]:
+        return self.inner.initial(parameters)
+
+    def apply(
+        self,
+        parameters: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        rate: Tensor,
+        decay: Tensor | None,
+        step: int,
+    ) -> None:
+        self.take(Step(parameters, gradient, state, rate, decay, step))
+
+    def take(self, step: Step) -> None:
+        """The hook: all that happens at a step. Here ``inner`` steps, with the state that is not ``own``."""
+        self.inner.apply(*step._replace(state={n: v for n, v in step.state.items() if n not in self.own}))

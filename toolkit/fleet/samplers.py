@@ -90,6 +90,14 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+class InOrder(Uniform):
+    """Without chance: each member takes its examples in their order, and from the first again at the end."""
+
+    def _walk(self, keys: Tensor, draws: Tensor, counts: Tensor) -> Tensor:
+        return draws % counts[:, None]
+
+
+@dataclass(frozen=True)
 class ClassBalanced:
     """P×K batches: ``classes`` different classes per step and ``per_class`` examples of each, grouped by class.
 

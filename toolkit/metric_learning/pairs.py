@@ -56,12 +56,8 @@ def contrastive(
     Source: Hadsell, Chopra & LeCun 2006, "Dimensionality Reduction by Learning an Invariant Mapping", with hinges not
     squared. Raises ``ValueError`` for embeddings that are not finite or margins that are NaN.
     """
-    require_finite("embeddings", embeddings)
-    require_range("positive_margin", positive_margin, -math.inf, math.inf)
-    require_range("negative_margin", negative_margin, -math.inf, math.inf)
-    table = similarity(embeddings)
-    positive, negative = pair_masks(labels)
-    too_far, too_near = similarity.excess(table, positive_margin), similarity.excess(negative_margin, table)
+    hinges = embeddings, labels, positive_margin, negative_margin, similarity
+    (positive, too_far), (negative, too_near) = _hinges(*hinges)
     return _mean_over(positive & (too_far > 0), too_far) + _mean_over(negative & (too_near > 0), too_near)
 
 
@@ -81,14 +77,10 @@ def tcm(
     hard pairs count, whatever their class. Source: Zhang et al. 2024, "Threshold-Consistent Margin Loss for Open-World
     Deep Metric Learning". Raises ``ValueError`` for embeddings that are not finite, NaN margins or negative weights.
     """
-    require_finite("embeddings", embeddings)
-    require_range("positive_margin", positive_margin, -math.inf, math.inf)
-    require_range("negative_margin", negative_margin, -math.inf, math.inf)
     require_range("positive_weight", positive_weight, 0, math.inf)
     require_range("negative_weight", negative_weight, 0, math.inf)
-    table = similarity(embeddings)
-    positive, negative = pair_masks(labels)
-    too_far, too_near = similarity.excess(table, positive_margin), similarity.excess(negative_margin, table)
+    hinges = embeddings, labels, positive_margin, negative_margin, similarity
+    (positive, too_far), (negative, too_near) = _hinges(*hinges)
     pull, push = _mean_over(positive & (too_far >= 0), too_far), _mean_over(negative & (too_near >= 0), too_near)
     return positive_weight * pull + negative_weight * push
 
@@ -245,6 +237,19 @@ def zero_mean(embeddings: Embeddings) -> PerAnchor:
     """
     require_finite("embeddings", embeddings)
     return embeddings.sum(-1).abs()
+
+
+def _hinges(
+    embeddings: Tensor, labels: Tensor, positive_margin: Scalar, negative_margin: Scalar, similarity: Measure
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Which pairs are positive and how far beyond their margin they are; the same for the negative ones."""
+    require_finite("embeddings", embeddings)
+    require_range("positive_margin", positive_margin, -math.inf, math.inf)
+    require_range("negative_margin", negative_margin, -math.inf, math.inf)
+    table = similarity(embeddings)
+    positive, negative = pair_masks(labels)
+    too_far, too_near = similarity.excess(table, positive_margin), similarity.excess(negative_margin, table)
+    return (positive, too_far), (negative, too_near)
 
 
 def _mean_over(pairs: Tensor, values: Tensor) -> Tensor:

@@ -21,14 +21,14 @@ __all__ = [
     "CriticalBatch",
     "Diffusion",
     "GhostNormMLP",
-    "critical_batch",
+    "fit_critical_batch",
     "fit_diffusion",
     "ghost_norm",
     "gradient_noise",
     "noise_scale",
     "running_statistics",
     "scaled_rate",
-    "steps_to_loss",
+    "steps_to_reach",
     "travelled",
 ]
 
@@ -44,7 +44,7 @@ class CriticalBatch(NamedTuple):
 
 
 @typed
-def steps_to_loss(
+def steps_to_reach(
     losses: Float[Tensor, "*runs moments"], levels: Float[Tensor, "levels"]
 ) -> Float[Tensor, "*runs levels"]:
     """How many steps a run needs until its loss is ``level`` for the first time; NaN where it never is.
@@ -66,7 +66,7 @@ def steps_to_loss(
 
 
 @typed
-def critical_batch(steps: Float[Tensor, "*levels runs"], examples: Float[Tensor, "*levels runs"]) -> CriticalBatch:
+def fit_critical_batch(steps: Float[Tensor, "*levels runs"], examples: Float[Tensor, "*levels runs"]) -> CriticalBatch:
     """The critical batch size from the (steps S, examples E) that runs with different batches took to one loss.
 
     (S/S_min - 1)(E/E_min - 1) = 1 in its linear form 1/S = 1/S_min - (E_min/S_min)/E, by least squares; then
@@ -267,10 +267,10 @@ def travelled(fleet: Fleet, steps: Sequence[int] | None = None) -> tuple[Tensor,
 
 
 class Diffusion(NamedTuple):
-    """c0 + c1·ln t, and R² of it and of its competitors; ``power`` is the best exponent p of c0 + c1·t^p."""
+    """``offset`` + ``rate``·ln t, R² of it and of its competitors, and ``power``, the best exponent p of a + b·t^p."""
 
-    c0: Tensor
-    c1: Tensor
+    offset: Tensor
+    rate: Tensor
     power: Tensor
     r2_log: Tensor
     r2_sqrt: Tensor
@@ -281,11 +281,11 @@ class Diffusion(NamedTuple):
 def fit_diffusion(
     steps: Float[Tensor, "moments"], distances: Float[Tensor, "*batch moments"], first: float | int = 10
 ) -> Diffusion:
-    """Distance from the start, ‖w_t - w_0‖ = c0 + c1·ln t: the walk on a random potential.
+    """Constants of :func:`toolkit.scaling_laws.step_laws.log_diffusion`, offset + rate·ln t, from measured distances.
 
-    Least squares on steps t ≥ ``first``, against c0 + c1·√t (an ordinary random walk) and c0 + c1·t^p with p the best
+    Least squares on steps t ≥ ``first``, against a + b·√t (an ordinary random walk) and a + b·t^p with p the best
     of 0.02, 0.04, ..., 1: with small p that is nearly a logarithm and has one parameter more, so its R² is close to or
-    above the logarithm's. Holds while the learning rate is high. Units of c0 and c1: those of the weights.
+    above the logarithm's. Holds while the learning rate is high. Units: those of the weights.
 
     Source: Hoffer, Hubara & Soudry 2017, "Train longer, generalize better" (section 3). Raises ``ValueError`` for fewer
     than 4 moments from ``first`` on, and steps that are not positive.
@@ -303,8 +303,8 @@ def fit_diffusion(
     slope = (y - middle) @ centred.mT / centred.square().sum(1)
     rest = (y - middle)[..., None, :] - slope[..., None] * centred
     r2 = 1 - rest.square().sum(-1) / (y - middle).square().sum(-1, keepdim=True)
-    c1 = slope[..., 0] / t.log().amax()
+    rate = slope[..., 0] / t.log().amax()
     best = r2[..., 2:].max(-1)
     return Diffusion(
-        middle[..., 0] - c1 * t.log().mean(), c1, powers[best.indices], r2[..., 0], r2[..., 1], best.values
+        middle[..., 0] - rate * t.log().mean(), rate, powers[best.indices], r2[..., 0], r2[..., 1], best.values
     )

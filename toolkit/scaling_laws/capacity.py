@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from toolkit import random
-from toolkit.checks import require_range, typed
+from toolkit.checks import readable, require_range, typed
 from toolkit.fleet import Fleet
+from toolkit.scaling_laws.constants import Number, as_like
 
 __all__ = ["Biographies", "Stored", "biographies", "biography_loss", "knowledge", "quantised", "stored_bits"]
 
@@ -116,38 +117,46 @@ class Stored(NamedTuple):
 
 @typed
 def stored_bits(
-    name_nats: Float[Tensor, "*members"],
-    value_nats: Float[Tensor, "*members"],
-    people: int | Int[Tensor, "*members"],
-    names: int,
-    attributes: int,
-    values: int,
-    chunks: int = 1,
+    name_nats: Float[Tensor, "*#members"],
+    value_nats: Float[Tensor, "*#members"],
+    *,
+    people: Number,
+    names: Number,
+    attributes: Number,
+    values: Number,
+    chunks: Number = 1,
 ) -> Stored:
     """Bits of knowledge N log₂(N0 / e^p1) + N K log₂(D^C / e^p2), as the parts of names and of values.
 
     p1 = ``name_nats`` is the mean cross-entropy of a whole name, p2 = ``value_nats`` that of one attribute's C
     ``chunks`` given the name, both in nats; N ``people``, N0 ``names``, K ``attributes``, D ``values``. A model that
     knows nothing (p1 = ln N0, p2 = C ln D) has 0 bits, a table of the people (p1 = ln N, p2 = 0) has the most,
-    N log₂(N0 / N) + N K C log₂ D. Parts below 0 (confidently wrong) are given as they are. Raises ``ValueError`` for
-    counts below 1, fewer than 2 values, more people than names, or negative nats. Source: Allen-Zhu & Li 2024, "Physics
-    of Language Models: Part 3.3, Knowledge Capacity Scaling Laws" (the formula is a reading; the term for a dictionary
-    of values is left out, as the values here are single symbols).
+    N log₂(N0 / N) + N K C log₂ D. Parts below 0 (confidently wrong) are given as they are. Numbers and tensors
+    broadcast; safe under ``torch.vmap``. Raises ``ValueError`` for counts below 1, fewer than 2 values, more people
+    than names, or negative nats. Source: Allen-Zhu & Li 2024, "Physics of Language Models: Part 3.3, Knowledge Capacity
+    Scaling Laws" (the formula is a reading; the term for a dictionary of values is left out, as the values here are
+    single symbols).
     """
-    for name, count, least in (("attributes", attributes, 1), ("values", values, 2), ("chunks", chunks, 1)):
-        if count < least:
-            raise ValueError(f"{name}: expected at least {least}, got {count}")
-    n = torch.as_tensor(people, device=name_nats.device)
-    require_range("people", n.amin(), 1, names)
-    require_range("people", n.amax(), 1, names)
-    require_range("name_nats", name_nats.amin(), 0, math.inf)
-    require_range("value_nats", value_nats.amin(), 0, math.inf)
-    n = n.to(name_nats.dtype)
-    told = n * attributes * chunks * math.log2(values)
+    like = name_nats + value_nats
+    zero = torch.zeros((), dtype=torch.float64, device=like.device)
+    n, pool, k, kinds, parts = (as_like(value, zero).to(zero) for value in (people, names, attributes, values, chunks))
+    for name, value, least in (
+        ("people", n, 1),
+        ("names", pool, 1),
+        ("attributes", k, 1),
+        ("values", kinds, 2),
+        ("chunks", parts, 1),
+        ("name_nats", name_nats, 0),
+        ("value_nats", value_nats, 0),
+    ):
+        require_range(name, value.amin(), least, math.inf)
+    if readable(n) and readable(pool) and bool((n > pool).any()):
+        raise ValueError(f"people: expected at most as many as names, got {people} and {names}")
+    told = n * k * parts * kinds.log2()
     return Stored(
-        n * (math.log2(names) - name_nats / math.log(2)),
-        told - n * attributes * value_nats / math.log(2),
-        n * (math.log2(names) - n.log2()) + told,
+        (n * pool.log2() - n * name_nats / math.log(2)).to(like),
+        (told - n * k * value_nats / math.log(2)).to(like),
+        (n * (pool.log2() - n.log2()) + told + zero * like).to(like),
     )
 
 
@@ -171,11 +180,11 @@ def knowledge(trained: Fleet, people: Biographies, known: Bool[Tensor, "members 
     return stored_bits(
         means[:, : people.letters].sum(1),
         means[:, people.letters :].sum(1) / people.attributes,
-        seen.sum(1),
-        people.names,
-        people.attributes,
-        people.values,
-        people.chunks,
+        people=seen.sum(1),
+        names=people.names,
+        attributes=people.attributes,
+        values=people.values,
+        chunks=people.chunks,
     )
 
 

@@ -244,6 +244,17 @@ class ByteSweep:
         return size.expand_as(mean).flatten(), tokens.expand_as(mean).flatten(), mean.flatten()
 
 
+def byte_adam(lr: float, width: int) -> Adam:
+    """Adam at ``lr`` · (16 / width)^½: one rate for all widths would bend the law of size."""
+    return Adam(lr=lr * (16 / width) ** 0.5)
+
+
+def require_total(total: int, batch: int, windows: int) -> None:
+    """Raise ``ValueError`` unless ``total`` draws are whole batches and no more than there are ``windows``."""
+    if total > windows or total % batch:
+        raise ValueError(f"total: expected a multiple of {batch} (batch), at most {windows} windows, got {total}")
+
+
 def byte_sweep(
     data: dict[str, Tensor],
     held_out: dict[str, Tensor],
@@ -264,7 +275,7 @@ def byte_sweep(
 
     A member of size D sees D windows of ``data``, drawn at random once for each seed and nested: a larger size holds
     the smaller ones. It passes over them ``epochs`` times, with Adam, a warm-up of 5 % and a linear decay to 0. The
-    learning rate is ``lr`` · (16 / width)^½: one rate for all widths would bend the law of size. ``model`` is
+    learning rate is that of :func:`byte_adam`. ``model`` is
     ``"mlp"`` (:class:`ByteMLP` on :func:`windows`) or ``"transformer"`` (on :func:`sequences`); sizes count rows.
 
     Raises ``ValueError`` for fewer than two widths or sizes, sizes that do not rise, hold less than a batch or exceed
@@ -293,7 +304,7 @@ def byte_sweep(
             streams=streams,
             epochs=epochs,
             batch=batch,
-            optimiser=Adam(lr=lr * (16 / width) ** 0.5),
+            optimiser=byte_adam(lr, width),
             schedule=warmup(0.05, linear()),
             seed=seed,
             device=device,

@@ -25,13 +25,11 @@ __all__ = [
     "PixelModel",
     "PixelSweep",
     "binary_digits",
-    "compute_frontier",
     "entropy_and_divergence",
     "information",
     "leak_alarm",
     "pixel_loss",
     "pixel_sweep",
-    "size_for_divergence",
     "tabular_model",
 ]
 
@@ -118,50 +116,6 @@ def information(
         raise ValueError(f"plain: expected losses of at least 2 images, got {len(plain)}")
     gain = plain - conditional
     return gain.mean(), gain.std() / len(gain) ** 0.5
-
-
-def size_for_divergence(divergence: float, scale: float, exponent: float) -> float:
-    """N = N₀ x^(-1/a): parameters at which the reducible loss (N₀ / N)^a is ``divergence`` x, in nats.
-
-    Source: Henighan et al. 2020, ``scale`` N₀ and ``exponent`` a from a fit. Raises ``ValueError`` for arguments that
-    are not positive.
-    """
-    for name, value in (("divergence", divergence), ("scale", scale), ("exponent", exponent)):
-        require_positive(name, value)
-    return scale * divergence ** (-1 / exponent)
-
-
-@typed
-def compute_frontier(
-    compute: Float[Tensor, "sizes times"], losses: Float[Tensor, "sizes times"]
-) -> tuple[Int[Tensor, "points"], Int[Tensor, "points"]]:
-    """The points of many training curves (rows: sizes) that no other beats: which row and which time each is.
-
-    They are the corners of the lower convex hull of loss over ln(compute), where it falls, from the least compute on
-    (not of the logarithm of the loss: a pure power law is straight there, and a hull of it has no corners). The line
-    through ln(size) over ln(compute) at these points has the slope β of N_opt ∝ C^β, near 0.7 in every domain of
-    Henighan et al. 2020; that they use such a hull is our reading. Leave out the smallest and the largest size, which
-    are also best where a better size is missing. Raises ``ValueError`` for losses or compute that are not positive,
-    or fewer than 2 points.
-    """
-    if losses.numel() < 2:
-        raise ValueError(f"losses: expected at least 2 points, got {losses.numel()}")
-    require_positive("compute", compute)
-    require_positive("losses", losses)
-    across, down = compute.double().log().flatten().tolist(), losses.double().flatten().tolist()
-    hull: list[int] = []
-    for i in sorted(range(len(across)), key=lambda i: (across[i], down[i])):
-        if hull and down[i] >= down[hull[-1]]:
-            continue  # more compute for no less loss
-        while len(hull) > 1:
-            first, middle = hull[-2], hull[-1]
-            turn = (across[middle] - across[first]) * (down[i] - down[first])
-            if turn > (across[i] - across[first]) * (down[middle] - down[first]):
-                break
-            hull.pop()
-        hull.append(i)
-    chosen = torch.tensor(hull)
-    return chosen // losses.shape[1], chosen % losses.shape[1]
 
 
 @typed

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from toolkit.checks import require_positive, typed
-from toolkit.fleet import SGD, Adam, Fleet, grid, train
+from toolkit.fleet import SGD, Adam, Fleet, Step, Wrapper, grid, train
 from toolkit.fleet.chunks import Loss
 from toolkit.fleet.devices import one_thread
 from toolkit.fleet.members import Fields, Member, fresh
@@ -146,14 +146,13 @@ class ScaledMLP(nn.Module):
 
 
 @dataclass(frozen=True)
-class PerLayer:
+class PerLayer(Wrapper):
     """An optimiser whose learning rate is multiplied, coordinate by coordinate, by ``factors`` ``(size,)``.
 
     Weight decay is divided by them, so that learning rate times decay is the same everywhere (as ``mup`` does). Adam's
     epsilon is not rescaled.
     """
 
-    inner: Optimiser
     factors: Tensor = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -161,30 +160,15 @@ class PerLayer:
             raise ValueError(f"factors: expected one per coordinate, got shape {tuple(self.factors.shape)}")
         require_positive("factors", self.factors)
 
-    @property
-    def lr(self) -> float | Tensor:
-        return self.inner.lr
-
-    @property
-    def weight_decay(self) -> float | Tensor:
-        return self.inner.weight_decay
-
     def initial(self, parameters: Tensor) -> dict[str, Tensor]:
         if parameters.shape[1:] != self.factors.shape:
             raise ValueError(f"factors: expected {parameters.shape[1]} values, got {len(self.factors)}")
-        return self.inner.initial(parameters)
+        return super().initial(parameters)
 
-    def apply(
-        self,
-        parameters: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        rate: Tensor,
-        decay: Tensor | None,
-        step: int,
-    ) -> None:
-        factors = self.factors.to(parameters)
-        self.inner.apply(parameters, gradient, state, rate * factors, None if decay is None else decay / factors, step)
+    def take(self, step: Step) -> None:
+        factors = self.factors.to(step.parameters)
+        decay = None if step.decay is None else step.decay / factors
+        super().take(step._replace(rate=step.rate * factors, decay=decay))
 
 
 @typed

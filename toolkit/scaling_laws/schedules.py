@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from toolkit.checks import readable, require_positive, require_range, typed
-from toolkit.fleet import cosine, stable_decay, warmup
-from toolkit.fleet.optimisers import Optimiser
+from toolkit.fleet import Step, Wrapper, cosine, stable_decay, warmup
 from toolkit.fleet.schedules import Schedule
 
 __all__ = [
@@ -46,40 +45,24 @@ def from_factors(factors: Float[Tensor, "steps"]) -> Schedule:
 
 
 @dataclass(frozen=True)
-class NormRecorder:
+class NormRecorder(Wrapper):
     """An optimiser that also writes down ``inner``'s gradient norms: ``fleet.state["norms"]``, ``(members, steps)``.
 
     ``order`` is 2 for SGD or 1 for Adam, as :func:`refined_schedule` needs them. Steps beyond ``steps`` are not kept.
     """
 
-    inner: Optimiser
     steps: int
     order: Literal[1, 2] = 2
 
-    @property
-    def lr(self) -> float | Tensor:
-        return self.inner.lr
-
-    @property
-    def weight_decay(self) -> float | Tensor:
-        return self.inner.weight_decay
+    own = ("norms",)
 
     def initial(self, parameters: Tensor) -> dict[str, Tensor]:
-        return {"norms": parameters.new_zeros(len(parameters), self.steps), **self.inner.initial(parameters)}
+        return {"norms": parameters.new_zeros(len(parameters), self.steps), **super().initial(parameters)}
 
-    def apply(
-        self,
-        parameters: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        rate: Tensor,
-        decay: Tensor | None,
-        step: int,
-    ) -> None:
-        if step < self.steps:
-            state["norms"][:, step] = gradient.norm(self.order, dim=1)
-        own = {name: value for name, value in state.items() if name != "norms"}
-        self.inner.apply(parameters, gradient, own, rate, decay, step)
+    def take(self, step: Step) -> None:
+        if step.number < self.steps:
+            step.state["norms"][:, step.number] = step.gradient.norm(self.order, dim=1)
+        super().take(step)
 
 
 @typed

@@ -73,23 +73,7 @@ from toolkit.unlearning.exact import (
 from toolkit.unlearning.gan import GAN, adapt, extrapolate, gan_loss, generate, mode_quality, nearest_mode, repel, ring
 from toolkit.unlearning.inpainting import Inpainter, image_to_image, inpainting_errors, inpainting_loss, noise_outputs
 from toolkit.unlearning.label_free import laf
-from toolkit.unlearning.language import (
-    IGNORED,
-    TEMPLATES,
-    Canary,
-    Recall,
-    Text,
-    canary,
-    exposure,
-    facts,
-    flat,
-    flat_loss,
-    join,
-    next_byte_loss,
-    npo,
-    npo_loss,
-    recall,
-)
+from toolkit.unlearning.language import Recall, exposure, flat, flat_loss, next_byte_loss, npo, npo_loss, recall
 from toolkit.unlearning.losses import (
     bad_teaching,
     distillation,
@@ -122,6 +106,7 @@ from toolkit.unlearning.shards import (
     train_shards,
 )
 from toolkit.unlearning.single_layer import LayerScores, layer_scores, slug
+from toolkit.unlearning.texts import IGNORED, TEMPLATES, Canary, Text, canary, facts, join
 
 __all__ = [
     "GAN",

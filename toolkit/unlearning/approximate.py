@@ -27,8 +27,8 @@ from toolkit.unlearning.parts import (
     POSITIVE,
     Mask,
     Masked,
-    Range,
     Strength,
+    Task,
     cross_entropy,
     mean_weights,
     nearest_other_class,
@@ -38,6 +38,8 @@ from toolkit.unlearning.parts import (
     train_on,
     train_pairs,
     untrained,
+    weighed,
+    within,
 )
 
 __all__ = [
@@ -106,7 +108,7 @@ def neg_grad_plus(
     def loss(model, batch, hyper):
         return losses.neg_grad(model(batch.x), batch.y, batch.forgotten, hyper.beta)
 
-    return train_pairs(trained, loss, task, steps, seed, {"beta": (beta, 0, 1)}, **more)
+    return train_pairs(trained, loss, task, steps, seed, within(0, 1, beta=beta), **more)
 
 
 @typed
@@ -128,7 +130,7 @@ def random_labels(
     Source: Golatkar, Achille & Soatto 2020, "Eternal Sunshine of the Spotless Net" (a baseline).
     """
     task = prepare(trained, data, forget, retain)
-    hyper = {"retain_weight": (retain_weight, 0, None)}
+    hyper = within(0, retain_weight=retain_weight)
     return train_pairs(trained, _random_labels, task, steps, seed, hyper, **more)
 
 
@@ -159,10 +161,10 @@ def bad_teacher(
         values = losses.bad_teaching(
             logits, batch.original(x), batch.untrained(x), forgotten.to(logits.dtype), hyper.temperature
         )
-        return torch.where(forgotten, values, hyper.retain_weight * values)
+        return weighed(batch, hyper, values, values)
 
-    hyper = {"retain_weight": (retain_weight, 0, None), "temperature": (temperature, POSITIVE, None)}
-    teachers = {"original": trained, "untrained": untrained(trained, task, seed)}
+    hyper = within(0, retain_weight=retain_weight) | within(POSITIVE, temperature=temperature)
+    teachers = _two_teachers(trained, task, seed)
     return train_pairs(trained, loss, task, steps, seed, hyper, references=teachers, **more)
 
 
@@ -191,8 +193,8 @@ def stochastic_teacher(
         away = losses.distillation(logits, batch.untrained(batch.x)) * erasing
         return torch.where(batch.forgotten, away, losses.distillation(logits, batch.original(batch.x)) * ~erasing)
 
-    teachers = {"original": trained, "untrained": untrained(trained, task, seed)}
-    return train_pairs(trained, loss, task, steps, seed, {"erase": (erase, 0, 1)}, references=teachers, **more)
+    teachers = _two_teachers(trained, task, seed)
+    return train_pairs(trained, loss, task, steps, seed, within(0, 1, erase=erase), references=teachers, **more)
 
 
 @typed
@@ -226,8 +228,8 @@ def scrub(
         values = (model(batch.x), batch.original(batch.x), batch.y, batch.forgotten, ascend)
         return losses.scrub_loss(*values, hyper.alpha, hyper.gamma, hyper.temperature)
 
-    hyper = {"alpha": (alpha, 0, None), "gamma": (gamma, 0, None), "temperature": (temperature, POSITIVE, None)}
-    hyper |= {"rounds": (rounds, 1, None), "ascents": (ascents, 0, None)}
+    hyper = within(0, alpha=alpha, gamma=gamma, ascents=ascents)
+    hyper |= within(POSITIVE, temperature=temperature) | within(1, rounds=rounds)
     return train_pairs(trained, loss, task, steps, seed, hyper, references={"original": trained}, **more)
 
 
@@ -248,7 +250,7 @@ def l1_sparse(
     Source: Jia et al. 2023, "Model Sparsity Can Simplify Machine Unlearning".
     """
     task = prepare(trained, data, forget, retain)
-    hyper = strengths(trained, {"strength": (strength, 0, None)})
+    hyper = strengths(trained, within(0, strength=strength))
 
     def loss(model, batch, hyper):
         sparse = hyper.strength * (1 - batch.progress) * losses.l1_norm(model.parameters)
@@ -267,7 +269,7 @@ def saliency_mask(
     Source: Fan et al. 2024, "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency".
     """
     task = prepare(trained, data, forget, retain)
-    share = strengths(trained, {"fraction": (fraction, 0, 1)})["fraction"]
+    share = strengths(trained, within(0, 1, fraction=fraction))["fraction"]
     order = (
         slope(trained, trained.parameters, task.fields, mean_weights(task.forget))
         .abs()
@@ -301,7 +303,7 @@ def salun(
     task = prepare(trained, data, forget, retain)
     mask = saliency_mask(trained, data, forget, fraction=fraction, retain=retain)
     masked = Masked(Adam() if optimiser is None else optimiser, mask)
-    hyper = {"fraction": (fraction, 0, 1), "retain_weight": (retain_weight, 0, None)}
+    hyper = within(0, 1, fraction=fraction) | within(0, retain_weight=retain_weight)
     return train_pairs(trained, _random_labels, task, steps, seed, hyper, optimiser=masked, **more)
 
 
@@ -334,11 +336,10 @@ def duck(
         keep = F.cross_entropy(logits / hyper.temperature, batch.y, reduction="none")
         return torch.where(batch.forgotten, hyper.forget_weight * near, hyper.retain_weight * keep)
 
-    weights: dict[str, Range] = {"forget_weight": (forget_weight, 0, None), "retain_weight": (retain_weight, 0, None)}
-    hyper = weights | {"temperature": (temperature, POSITIVE, None)}
-    return train_pairs(
-        trained, loss, task, steps, seed, hyper, own={"target": nearest_other_class(trained, task)}, **more
-    )
+    hyper = within(0, forget_weight=forget_weight, retain_weight=retain_weight)
+    hyper |= within(POSITIVE, temperature=temperature)
+    own = {"target": nearest_other_class(trained, task)}
+    return train_pairs(trained, loss, task, steps, seed, hyper, own, **more)
 
 
 @typed
@@ -371,13 +372,18 @@ def oracle_matching(
 
     def loss(model, batch, hyper):
         values = losses.logit_matching(model(batch.x), batch.target)
-        return torch.where(batch.forgotten, values, hyper.retain_weight * values)
+        return weighed(batch, hyper, values, values)
 
-    hyper = {"retain_weight": (retain_weight, 0, None)}
-    return train_pairs(trained, loss, task, steps, seed, hyper, own={"target": wanted}, **more)
+    hyper = within(0, retain_weight=retain_weight)
+    return train_pairs(trained, loss, task, steps, seed, hyper, {"target": wanted}, **more)
+
+
+def _two_teachers(trained: Fleet, task: Task, seed: int) -> dict[str, Fleet]:
+    """Who knows what is to be kept, and who knows nothing."""
+    return {"original": trained, "untrained": untrained(trained, task, seed)}
 
 
 def _random_labels(model: Any, batch: Any, hyper: Any) -> Tensor:
     logits = model(batch.x)
-    right = hyper.retain_weight * F.cross_entropy(logits, batch.y, reduction="none")
-    return torch.where(batch.forgotten, losses.random_label_loss(logits, batch.key), right)
+    right = F.cross_entropy(logits, batch.y, reduction="none")
+    return weighed(batch, hyper, losses.random_label_loss(logits, batch.key), right)

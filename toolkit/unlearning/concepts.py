@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from toolkit import random
 from toolkit.checks import require_labels, require_positive, typed
 from toolkit.fleet import Fleet
-from toolkit.unlearning.parts import Mask, Range, Strength, prepare, train_pairs
+from toolkit.unlearning.parts import Mask, Strength, prepare, train_pairs, weighed, within
 
 __all__ = [
     "concept_direction",
@@ -224,9 +224,7 @@ def concept_poisoning(
         mask = batch.forgotten.reshape(-1, *[1] * (batch.x.ndim - 1))
         logits = model(torch.where(mask, batch.poisoned, batch.x))
         values = F.cross_entropy(logits, torch.where(batch.forgotten, batch.wrong, batch.y), reduction="none")
-        return torch.where(batch.forgotten, values, hyper.retain_weight * values)
+        return weighed(batch, hyper, values, values)
 
-    ranges: dict[str, Range] = {"retain_weight": (retain_weight, 0, None)}
-    return train_pairs(
-        trained, loss, task, steps, seed, ranges, own={"poisoned": poisoned, "wrong": wrong.contiguous()}, **more
-    )
+    tables = {"poisoned": poisoned, "wrong": wrong.contiguous()}
+    return train_pairs(trained, loss, task, steps, seed, within(0, retain_weight=retain_weight), tables, **more)

@@ -10,8 +10,8 @@ from toolkit.checks import require_positive, typed
 from toolkit.fleet import Fleet
 from toolkit.fleet.members import Member, fresh
 from toolkit.fleet.store import as_fields
-from toolkit.unlearning.language import IGNORED
-from toolkit.unlearning.parts import Mask, Strength, moved, prepare, strengths
+from toolkit.unlearning.parts import Mask, Strength, moved, prepare, strengths, within
+from toolkit.unlearning.texts import IGNORED
 
 __all__ = ["layer_keys", "rank_one_edit", "redirect_concept"]
 
@@ -40,7 +40,7 @@ def rank_one_edit(
 def layer_keys(trained: Fleet, data: Any, layer: str) -> Float[Tensor, "members examples in"]:
     """What enters the linear layer of the name ``layer``, one key per example and member.
 
-    For texts (:mod:`toolkit.unlearning.language`) the key is taken at the prompt's last byte, from which the answer's
+    For texts (:mod:`toolkit.unlearning.texts`) the key is taken at the prompt's last byte, from which the answer's
     first byte is predicted. Raises ``ValueError`` if there is no linear layer of that name.
     """
     fields = as_fields(data)
@@ -95,7 +95,7 @@ def redirect_concept(
     fields = as_fields(data)
     text = fields["y"].ndim == 2
     task = prepare(trained, {"x": fields["x"], "y": fields["y"][:, 0] if text else fields["y"]}, forget, retain)
-    hyper = strengths(trained, {"strength": (strength, None, None)})
+    hyper = strengths(trained, within(None, strength=strength))
     harmless = harmless.to(trained.device)
     if not bool(harmless.any()) or bool((harmless & task.forget).any()):
         raise ValueError("harmless: expected at least one example and none of those to forget")

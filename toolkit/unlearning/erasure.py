@@ -9,6 +9,7 @@ one; where the data is a :class:`toolkit.diffusion.Mixture`, what a model does i
 All raise ``ValueError`` if the class is none of the model's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from toolkit.checks import typed
 from toolkit.diffusion import LAST, NULL, Field, Mixture, ScoreNet, ddim, epsilon_field, sliced_wasserstein
 from toolkit.fleet import Adam, Fleet
 from toolkit.fleet.members import fresh
-from toolkit.unlearning.parts import Masked, Strength, strengths, train_on
+from toolkit.unlearning.parts import Masked, Strength, strengths, train_on, within
 
 __all__ = ["Erasure", "all_but_one", "erased_share", "esd", "esd_field", "esd_target", "measure_erasure"]
 
@@ -93,16 +94,15 @@ def esd(
     Source: Gandikota et al. 2023, "Erasing Concepts from Diffusion Models".
     """
     _require(trained, erased, anchor)
-    hyper = strengths(trained, {"eta": (eta, None, None)})
+    hyper = strengths(trained, within(None, eta=eta))
     x, t = _traces(trained, erased, guidance, traces, moments, seed)
     wanted = esd_field(epsilon_field(trained), erased, eta=hyper["eta"], anchor=anchor)(x, t, erased)
 
     def loss(model: Any, batch: Any, hyper: Any) -> Tensor:
         return (model(batch.x, t=batch.t, condition=erased) - batch.target).square().mean(-1)
 
-    moved = Masked(optimiser or Adam(1e-2 if parts == "condition" else 1e-3), _moving(trained, parts))
-    options = {"batch": 128, **more, "optimiser": moved, "hyper": hyper, "member_data": {"x": x, "target": wanted}}
-    return train_on(trained, loss, {"t": t}, steps, seed, **options)
+    own = {"x": x, "target": wanted}
+    return _erase(trained, loss, t, own, steps, seed, parts, optimiser, hyper=hyper, **more)
 
 
 @typed
@@ -131,7 +131,7 @@ def all_but_one(
     Text-to-Image Diffusion Models"; the formula and λ = 1 are a reading that is not confirmed.
     """
     _require(trained, erased, alternative)
-    hyper = strengths(trained, {"drift_weight": (drift_weight, 0, None)})
+    hyper = strengths(trained, within(0, drift_weight=drift_weight))
     x, t = _traces(trained, erased, guidance, traces, moments, seed)
     field = epsilon_field(trained)
     before = field(x, t, NULL)
@@ -143,9 +143,7 @@ def all_but_one(
         drift = (null - batch.before).square().mean(-1)
         return (term - batch.target).square().mean(-1) + hyper.drift_weight * drift
 
-    moved = Masked(optimiser or Adam(1e-2 if parts == "condition" else 1e-3), _moving(trained, parts))
-    options = {"batch": 128, **more, "optimiser": moved, "hyper": hyper, "member_data": own}
-    return train_on(trained, loss, {"t": t}, steps, seed, **options)
+    return _erase(trained, loss, t, own, steps, seed, parts, optimiser, hyper=hyper, **more)
 
 
 @typed
@@ -243,6 +241,23 @@ def _spread(strength: Tensor) -> Tensor:
     return strength[:, None, None] if strength.ndim else strength
 
 
+def _erase(
+    trained: Fleet,
+    loss: Callable,
+    t: Tensor,
+    own: dict[str, Tensor],
+    steps: Any,
+    seed: int,
+    parts: Parts,
+    optimiser: Any,
+    **more: Any,
+) -> Fleet:
+    """Train the coordinates that may move, on each member's ``own`` points at the times t."""
+    moved = Masked(optimiser or Adam(1e-2 if parts == "condition" else 1e-3), _moving(trained, parts))
+    options = {"batch": 128, **more, "optimiser": moved, "member_data": own}
+    return train_on(trained, loss, {"t": t}, steps, seed, **options)
+
+
 def _moving(trained: Fleet, parts: Parts) -> Bool[Tensor, "size"]:
     """The coordinates of a flat row that may move."""
     layout = trained.layout
@@ -258,7 +273,7 @@ def _traces(
     for name, size in {"traces": traces, "moments": moments}.items():
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
-    weight = strengths(trained, {"guidance": (guidance, None, None)})["guidance"]
+    weight = strengths(trained, within(None, guidance=guidance))["guidance"]
     keys = random.fold_in(random.key(seed, _TRACES, device=trained.device), trained.streams)
     start = random.normal(keys, (traces, _require(trained, erased).dim), trained.parameters.dtype)
     states = ddim(trained, start, erased, steps=moments, guidance=weight, path=True)[:-1]

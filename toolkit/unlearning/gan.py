@@ -23,7 +23,7 @@ from toolkit import random
 from toolkit.checks import require_positive, require_range, typed
 from toolkit.fleet import Fleet
 from toolkit.fleet.members import Member, fresh
-from toolkit.unlearning.parts import Strength, moved, slopes_of, strengths, train_on
+from toolkit.unlearning.parts import Strength, moved, slopes_of, strengths, train_on, within
 
 __all__ = [
     "GAN",
@@ -197,7 +197,7 @@ def adapt(
     streams = random.fold_in(random.key(_COPY, device=trained.device), number)
     start = moved(trained[every], trained.parameters[every], {})
     start.streams.copy_(random.fold_in(streams, trained.streams[every]))
-    weights = {"ewc_weight": strengths(trained, {"ewc_weight": (ewc_weight, 0, None)})["ewc_weight"][every]}
+    weights = {"ewc_weight": strengths(trained, within(0, ewc_weight=ewc_weight))["ewc_weight"][every]}
     fisher = moved(trained, generator_fisher(trained, fisher_samples, seed), {})[every]
     plain, names = gan_loss(_latent(trained), r1), _generator(trained)
 
@@ -248,7 +248,7 @@ def repel(
         if fleet.parameters.shape != trained.parameters.shape:
             got = tuple(fleet.parameters.shape)
             raise ValueError(f"adapted[{i}]: expected parameters {tuple(trained.parameters.shape)}, got {got}")
-    hyper = strengths(trained, {"gamma": (gamma, 0, None)})
+    hyper = strengths(trained, within(0, gamma=gamma))
     plain, names = gan_loss(_latent(trained), r1), _generator(trained)
     references = {f"adapted_{i}": fleet for i, fleet in enumerate(adapted)}
 
@@ -269,7 +269,7 @@ def extrapolate(trained: Fleet, adapted: Sequence[Fleet], k: Strength) -> Fleet:
     """
     if not adapted:
         raise ValueError("adapted: expected at least one fleet, got none")
-    hyper = strengths(trained, {"k": (k, None, None)})
+    hyper = strengths(trained, within(None, k=k))
     away = trained.parameters - torch.stack([fleet.parameters for fleet in adapted]).mean(0)
     return moved(trained, trained.parameters + hyper["k"][:, None] * away * _mask(trained), hyper)
 

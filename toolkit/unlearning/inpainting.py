@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toolkit import random
 from toolkit.checks import require_positive, typed
 from toolkit.fleet import Adam, Fleet
-from toolkit.unlearning.parts import NOISE_SCALE, Mask, Masked, Strength, prepare, train_pairs
+from toolkit.unlearning.parts import NOISE_SCALE, Mask, Masked, Strength, prepare, train_pairs, within
 
 __all__ = ["Inpainter", "image_to_image", "inpainting_errors", "inpainting_loss", "noise_images", "noise_outputs"]
 
@@ -161,7 +161,7 @@ def image_to_image(
             values = torch.where(forgotten, -model(x, against=x), values)
         return torch.where(forgotten, hyper.forget_weight, hyper.retain_weight) * values
 
-    weights = {"forget_weight": (forget_weight, 0, None), "retain_weight": (retain_weight, 0, None)}
+    weights = within(0, forget_weight=forget_weight, retain_weight=retain_weight)
     masked = Masked(Adam() if optimiser is None else optimiser, mask)
     return train_pairs(
         trained,

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from toolkit.checks import typed
-from toolkit.fleet import Adam, Fleet, train
+from toolkit.fleet import Adam, Fleet, Step, Wrapper, train
 from toolkit.fleet.optimisers import Optimiser
 from toolkit.fleet.store import as_fields
 from toolkit.random import key, normal
-from toolkit.unlearning.parts import Mask, Masked, Task, cross_entropy, prepare, train_on, train_pairs
+from toolkit.unlearning.parts import Mask, Masked, Task, cross_entropy, prepare, train_on, train_pairs, within
 
 __all__ = ["laf"]
 
@@ -85,7 +85,7 @@ def laf(
 
     turns = Alternating(optimiser or Adam(5e-5), aligner or Adam(1e-4))
     options = {"own": {"representation": original}, "optimiser": turns, "references": models._asdict(), **more}
-    found = train_pairs(trained, loss, task, steps, seed, {"planned": (planned, 0, None)}, **options)
+    found = train_pairs(trained, loss, task, steps, seed, within(0, planned=planned), **options)
     if not repair_steps:
         return found
     head = [
@@ -181,14 +181,13 @@ def _narrow(seed: int, purpose: int) -> int:
 
 
 @dataclass(frozen=True)
-class Alternating:
-    """Two optimisers in turn, one for even steps and one for odd ones, each with its own state and count of steps.
+class Alternating(Wrapper):
+    """Two optimisers in turn: ``inner`` takes the even steps, ``odd`` the odd ones, each with its own state and count.
 
     Rates and weight decays of the two travel in the state, so that chunks of members have theirs; a schedule's factor
     multiplies both rates.
     """
 
-    even: Optimiser
     odd: Optimiser
 
     lr = 1.0
@@ -196,7 +195,7 @@ class Alternating:
 
     def initial(self, parameters: Tensor) -> dict[str, Tensor]:
         state = {}
-        for name, inner in (("even", self.even), ("odd", self.odd)):
+        for name, inner in (("even", self.inner), ("odd", self.odd)):
             for option in ("lr", "weight_decay"):
                 values = torch.as_tensor(getattr(inner, option), dtype=parameters.dtype, device=parameters.device)
                 if values.ndim and len(values) != len(parameters):
@@ -205,15 +204,9 @@ class Alternating:
             state |= {f"{name}/{key}": value for key, value in inner.initial(parameters).items()}
         return state
 
-    def apply(
-        self,
-        parameters: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        rate: Tensor,
-        decay: Tensor | None,
-        step: int,
-    ) -> None:
-        name, inner = ("even", self.even) if step % 2 == 0 else ("odd", self.odd)
-        own = {label.removeprefix(f"{name}/"): value for label, value in state.items() if label.startswith(f"{name}/")}
-        inner.apply(parameters, gradient, own, rate * state[f"{name}.lr"], state[f"{name}.weight_decay"], step // 2)
+    def take(self, step: Step) -> None:
+        name, inner = ("even", self.inner) if step.number % 2 == 0 else ("odd", self.odd)
+        values, start = step.state, f"{name}/"
+        own = {label.removeprefix(start): value for label, value in values.items() if label.startswith(start)}
+        rate, decay = step.rate * values[f"{name}.lr"], values[f"{name}.weight_decay"]
+        inner.apply(*step._replace(state=own, rate=rate, decay=decay, number=step.number // 2))

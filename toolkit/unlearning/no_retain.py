@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from toolkit.checks import typed
 from toolkit.fleet import Fleet
 from toolkit.unlearning.losses import distillation
-from toolkit.unlearning.parts import POSITIVE, Mask, Range, Strength, Task, prepare, train_pairs
+from toolkit.unlearning.parts import POSITIVE, Mask, Strength, Task, prepare, train_pairs, within
 
 __all__ = ["scar"]
 
@@ -109,8 +109,8 @@ def scar(
         {"x": everything, "y": F.pad(task.fields["y"], (0, len(ood)))}, F.pad(task.forget, (0, len(ood))), kept
     )
     own = {"slot": F.pad(slots, (0, len(ood))), "teacher": teacher}
-    hyper: dict[str, Range] = {"forget_weight": (forget_weight, 0, None), "distil_weight": (distil_weight, 0, None)}
-    hyper |= {"temperature": (temperature, POSITIVE, None)}
+    hyper = within(0, forget_weight=forget_weight, distil_weight=distil_weight)
+    hyper |= within(POSITIVE, temperature=temperature)
     return train_pairs(trained, loss, joined, steps, seed, hyper, own=own, **more)
 
 

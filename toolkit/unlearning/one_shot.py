@@ -24,6 +24,7 @@ from toolkit.unlearning.parts import (
     solve,
     squared_slopes,
     strengths,
+    within,
 )
 
 __all__ = ["fisher_forgetting", "influence", "newton_step", "ssd"]
@@ -46,7 +47,7 @@ def ssd(
     Through Selective Synaptic Dampening". Their code squares the slopes of whole batches; here each example counts.
     """
     task = prepare(trained, data, forget, retain)
-    hyper = strengths(trained, {"alpha": (alpha, 0, None), "dampening": (dampening, 0, None)})
+    hyper = strengths(trained, within(0, alpha=alpha, dampening=dampening))
     whole, part = squared_slopes(trained, task.fields, [mean_weights(task.whole), mean_weights(task.forget)])
     factor = (hyper["dampening"][:, None] * whole / part).clamp_max(1)
     chosen = part > hyper["alpha"][:, None] * whole
@@ -72,7 +73,7 @@ def fisher_forgetting(
     here). That c is an upper bound, and its value, are readings that are not confirmed.
     """
     task = prepare(trained, data, forget, retain)
-    hyper = strengths(trained, {"alpha": (alpha, 0, None), "largest": (largest, 0, None), "head": (head, 0, None)})
+    hyper = strengths(trained, within(0, alpha=alpha, largest=largest, head=head))
     (fisher,) = squared_slopes(trained, task.fields, [mean_weights(task.retain)])
     scale = (hyper["alpha"][:, None] / fisher).sqrt().nan_to_num(0.0, float("inf"))  # 0 / 0: no noise for α = 0
     scale = torch.minimum(scale, hyper["largest"][:, None])
@@ -105,9 +106,7 @@ def influence(
     matrix in place of G_r.
     """
     task = prepare(trained, data, forget, retain)
-    hyper = strengths(
-        trained, {"scale": (scale, None, None), "damping": (damping, 0, None), "decay": (weight_decay, 0, None)}
-    )
+    hyper = strengths(trained, within(None, scale=scale) | within(0, damping=damping, decay=weight_decay))
     ridge = (hyper["damping"] + hyper["decay"])[:, None]
     weights = mean_weights(task.retain)
     push = slope(trained, trained.parameters, task.fields, mean_weights(task.whole) - weights)
@@ -134,7 +133,7 @@ def newton_step(
     Models".
     """
     task = prepare(trained, data, forget, retain)
-    hyper = strengths(trained, {"damping": (damping, 0, None), "decay": (weight_decay, 0, None)})
+    hyper = strengths(trained, within(0, damping=damping, decay=weight_decay))
     decay, ridge = hyper["decay"][:, None], (hyper["damping"] + hyper["decay"])[:, None]
     parameters, weights = trained.parameters, mean_weights(task.retain)
     for _ in range(steps):

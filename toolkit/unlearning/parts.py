@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from toolkit.fleet import Fleet, train
+from toolkit.fleet import Fleet, Step, Wrapper, train
 from toolkit.fleet.members import Fields, Member, fresh
-from toolkit.fleet.optimisers import Optimiser
 from toolkit.fleet.store import as_fields
 from toolkit.models import MLP
 from toolkit.random import fold_in, key, shuffled_slots
@@ -84,9 +83,19 @@ def strengths(trained: Fleet, given: Mapping[str, Range]) -> dict[str, Tensor]:
     return made
 
 
+def within(low: float | None, high: float | None = None, /, **values: Any) -> dict[str, Range]:
+    """Strengths by name, each of which may be from ``low`` to ``high`` (None: without a limit)."""
+    return {name: (value, low, high) for name, value in values.items()}
+
+
 def cross_entropy(model: Any, batch: Any, hyper: Any) -> Tensor:
     """The loss that classifiers are trained with."""
     return F.cross_entropy(model(batch.x), batch.y, reduction="none")
+
+
+def weighed(batch: Any, hyper: Any, forgotten: Tensor, retained: Tensor) -> Tensor:
+    """The loss of each of a pair's examples: that of those to forget as it is, that of those to keep times λ."""
+    return torch.where(batch.forgotten, forgotten, hyper.retain_weight * retained)
 
 
 def train_on(trained: Fleet, loss: Callable, data: Mapping[str, Tensor], steps: Any, seed: int, **more: Any) -> Fleet:
@@ -323,7 +332,7 @@ def nearest_other_class(trained: Fleet, task: Task) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Masked:
+class Masked(Wrapper):
     """An optimiser that leaves the coordinates outside a mask bit for bit as they were.
 
     The mask is ``(members, size)`` or ``(size,)``. The coordinates are put back after every step, and what the
@@ -331,33 +340,18 @@ class Masked:
     of members have theirs.
     """
 
-    inner: Optimiser
     mask: Tensor = field(repr=False)
 
-    @property
-    def lr(self) -> float | Tensor:
-        return self.inner.lr
-
-    @property
-    def weight_decay(self) -> float | Tensor:
-        return self.inner.weight_decay
+    own = ("mask", "original")
 
     def initial(self, parameters: Tensor) -> dict[str, Tensor]:
         mask = self.mask.to(parameters).expand_as(parameters).clone()
-        return {"mask": mask, "original": parameters.clone(), **self.inner.initial(parameters)}
+        return {"mask": mask, "original": parameters.clone(), **super().initial(parameters)}
 
-    def apply(
-        self,
-        parameters: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        rate: Tensor,
-        decay: Tensor | None,
-        step: int,
-    ) -> None:
-        free = state["mask"] > 0
-        inner = {name: value for name, value in state.items() if name not in ("mask", "original")}
-        self.inner.apply(parameters, torch.where(free, gradient, 0), inner, rate, decay, step)
-        for value in inner.values():
-            value.mul_(state["mask"])
-        parameters.copy_(torch.where(free, parameters, state["original"]))
+    def take(self, step: Step) -> None:
+        mask, original = (step.state[name] for name in self.own)
+        free = mask > 0
+        super().take(step._replace(gradient=torch.where(free, step.gradient, 0)))
+        for name in step.state.keys() - set(self.own):
+            step.state[name].mul_(mask)
+        step.parameters.copy_(torch.where(free, step.parameters, original))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from toolkit.checks import typed
 from toolkit.fleet import Fleet
-from toolkit.unlearning.parts import Mask, Strength, Task, mean_weights, moved, prepare, slope, strengths
+from toolkit.unlearning.parts import Mask, Strength, Task, mean_weights, moved, prepare, slope, strengths, within
 
 __all__ = ["LayerScores", "layer_scores", "slug"]
 
@@ -82,7 +82,7 @@ def slug(
         raise ValueError(f"layer: expected one of {', '.join(names)}, got {layer!r}")
     if iterations < 1:
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
-    wanted = strengths(trained, {"goal": (goal, 0, 1)})["goal"]
+    wanted = strengths(trained, within(0, 1, goal=goal))["goal"]
     push, pull = _slopes(trained, task)
     front = _scores(trained, push, pull).front if layer is None else None
     results: list[tuple[Tensor, Tensor, Tensor]] = []
