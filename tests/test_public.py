@@ -18,6 +18,7 @@ ROOMS = (
     "fleet",
     "metric_learning",
     "models",
+    "scaling_laws",
     "unlearning",
 )
 
@@ -39,7 +40,6 @@ WAITING = {
     "toolkit.diffusion.probability_flow": "the teacher of the distillation lab's samplers",
     "toolkit.diffusion.score_to_epsilon": "exact fields are built on it",
     "toolkit.diffusion.sliced_wasserstein": "measures of erasure are built on it",
-    "toolkit.explore.toggle": "the fit explorer of the scaling-laws lab",
 }
 
 

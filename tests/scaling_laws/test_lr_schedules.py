@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from toolkit import random
-from toolkit.fleet import SGD, Adam, cosine, linear, train
+from toolkit.fleet import SGD, Adam, AdamW, cosine, linear, train
 from toolkit.models import MLP
 from toolkit.scaling_laws.schedules import (
     NormRecorder,
+    OwnSchedules,
     fit_power_schedule,
     from_factors,
     infinite,
@@ -52,6 +53,36 @@ def test_recorded_norms_are_those_of_the_gradient():
         short = train(build, loss, data, optimiser=NormRecorder(inner, 4), **options)
         assert torch.equal(short.parameters, train(build, loss, data, optimiser=inner, **options).parameters)
         assert short.state["norms"].shape == (2, 4)
+
+
+def test_schedules_of_ones_own_are_those_of_the_engine():
+    """Every member trains as in a fleet of its own with that schedule, in chunks too; weight decay follows the rate."""
+    x = random.normal(random.key(1), (20, 3))
+    data, build = {"x": x, "y": x.sum(1, keepdim=True)}, lambda: MLP(3, (4,), 1)
+    options: dict[str, Any] = {"steps": 8, "batch": 5, "progress": False, "device": "cpu"}
+
+    def loss(model, batch, hyper):
+        return (model(batch.x) - batch.y).square().mean(1)
+
+    schedules = (linear(), cosine(), wsd())
+    factors = torch.stack([s(torch.arange(8) / 8) for s in schedules])
+    for inner in (SGD(lr=0.1, momentum=0.9, weight_decay=0.1), AdamW(lr=0.1, weight_decay=0.1)):
+        for chunk in (None, 2):
+            together = train(
+                build, loss, data, members=3, chunk=chunk, optimiser=OwnSchedules(inner, factors), **options
+            )
+            for i, schedule in enumerate(schedules):
+                alone = train(build, loss, data, members=3, optimiser=inner, schedule=schedule, **options)
+                torch.testing.assert_close(together.parameters[i], alone.parameters[i], rtol=1e-5, atol=1e-6)
+    longer = train(build, loss, data, members=2, optimiser=OwnSchedules(SGD(lr=0.1), factors[:2, :4]), **options)
+    held = torch.cat([factors[:2, :4], factors[:2, 3:4].expand(-1, 4)], 1)
+    same = train(build, loss, data, members=2, optimiser=OwnSchedules(SGD(lr=0.1), held), **options)
+    assert torch.equal(longer.parameters, same.parameters)
+    with pytest.raises(ValueError, match="factors: expected 2 rows"):
+        train(build, loss, data, members=2, optimiser=OwnSchedules(SGD(lr=0.1), factors), **options)
+    for bad in (factors[0], -factors, factors * float("nan")):
+        with pytest.raises(ValueError, match="factors: expected"):
+            OwnSchedules(SGD(lr=0.1), bad)
 
 
 @pytest.mark.parametrize("order", [1, 2])

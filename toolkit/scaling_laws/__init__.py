@@ -8,7 +8,6 @@ from toolkit.scaling_laws.batches import (
     fit_diffusion,
     ghost_norm,
     gradient_noise,
-    noise_scale,
     running_statistics,
     scaled_rate,
     steps_to_reach,
@@ -74,7 +73,6 @@ from toolkit.scaling_laws.domains import (
     entropy_and_divergence,
     information,
     leak_alarm,
-    pixel_loss,
     pixel_sweep,
     tabular_model,
 )
@@ -112,13 +110,9 @@ from toolkit.scaling_laws.frontiers import (
     steps_to_loss,
     tokens_to_loss,
 )
-from toolkit.scaling_laws.induction import attention_maps, copy_gain, copy_test, prefix_matching
+from toolkit.scaling_laws.induction import attention_maps, copy_test, prefix_matching
 from toolkit.scaling_laws.least_squares import (
     Objective,
-    Problem,
-    Solution,
-    levenberg_marquardt,
-    nonnegative,
     variable_projection,
 )
 from toolkit.scaling_laws.lr_search import AutoRates, auto_rates, forecast_loss, gaussian_process
@@ -129,7 +123,6 @@ from toolkit.scaling_laws.parameterisation import (
     coordinate_check,
     layer_rules,
     sharpness,
-    top_eigenvalue,
     transfer_sweep,
 )
 from toolkit.scaling_laws.repeats import RepeatSweep, mixture_order, repeat_sweep
@@ -157,6 +150,7 @@ from toolkit.scaling_laws.sample_complexity import (
 )
 from toolkit.scaling_laws.schedules import (
     NormRecorder,
+    OwnSchedules,
     fit_power_schedule,
     from_factors,
     infinite,
@@ -223,18 +217,17 @@ __all__ = [
     "MultiPower",
     "NormRecorder",
     "Objective",
+    "OwnSchedules",
     "Pair",
     "PerLayer",
     "PixelModel",
     "PixelSweep",
     "PowerLaw",
-    "Problem",
     "RepeatSweep",
     "Residuals",
     "Risk",
     "Rule",
     "ScaledMLP",
-    "Solution",
     "Spectrum",
     "Stored",
     "Sweep",
@@ -259,7 +252,6 @@ __all__ = [
     "compute_optimal",
     "compute_optimal_numeric",
     "coordinate_check",
-    "copy_gain",
     "copy_test",
     "coverage",
     "critical_batch",
@@ -307,7 +299,6 @@ __all__ = [
     "last_iterate_bound",
     "layer_rules",
     "leak_alarm",
-    "levenberg_marquardt",
     "linear_error",
     "load_sweep",
     "log_diffusion",
@@ -319,12 +310,9 @@ __all__ = [
     "multi_power_law",
     "nats_per_byte",
     "nested_samples",
-    "noise_scale",
-    "nonnegative",
     "one_epoch",
     "optimal_ridge",
     "overfitting_ratio",
-    "pixel_loss",
     "pixel_sweep",
     "plug_in_error",
     "power_law",
@@ -359,7 +347,6 @@ __all__ = [
     "stored_bits",
     "tabular_model",
     "tokens_to_loss",
-    "top_eigenvalue",
     "train_mean_field",
     "transfer_sweep",
     "travelled",

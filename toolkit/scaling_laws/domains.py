@@ -203,7 +203,8 @@ def pixel_sweep(
     """Train :class:`PixelModel` at each width, with and without the label: one fleet for each width.
 
     Models of a seed start alike, with the label or without. Adam, 5 % warm-up, then a linear decay to 0. Raises
-    ``ValueError`` for fewer than one seed or width, or labels out of range.
+    ``ValueError`` for fewer than one seed or width, or labels out of range. Source: the pictures of Henighan et al.
+    2020, "Scaling Laws for Autoregressive Generative Modeling", here of 64 pixels and two grey levels.
     """
     if seeds < 1 or not widths:
         raise ValueError(f"seeds: expected at least one seed and width, got {seeds} and {tuple(widths)}")

@@ -36,7 +36,8 @@ def copy_gain(nats: Float[Tensor, "batch positions"]) -> Float[Tensor, "batch"]:
 def copy_test(fleet: Fleet, blocks: Tensor) -> Tensor:
     """:func:`copy_gain` of byte transformers on ``blocks`` ``(n, m)``, each written twice: mean for each member.
 
-    Raises ``ValueError`` for blocks of fewer than 2 bytes.
+    Raises ``ValueError`` for blocks of fewer than 2 bytes. Source: Hernandez et al. 2022, "Scaling Laws and
+    Interpretability of Learning from Repeated Data" (copying a paragraph).
     """
     if blocks.ndim != 2 or blocks.shape[1] < 2:
         raise ValueError(f"blocks: expected (n, m) with m of at least 2, got {tuple(blocks.shape)}")

@@ -93,7 +93,8 @@ def repeat_sweep(
     :func:`toolkit.scaling_laws.corpora.byte_sweep`.
 
     Raises ``ValueError`` if ``data`` has fewer than ``total`` windows, ``total`` is not a multiple of ``batch``, or
-    for what :func:`mixture_order` refuses.
+    for what :func:`mixture_order` refuses. Source: Hernandez et al. 2022, "Scaling Laws and Interpretability of
+    Learning from Repeated Data".
     """
     n, context = data["x"].shape
     require_total(total, batch, n)

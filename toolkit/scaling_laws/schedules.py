@@ -5,7 +5,7 @@ becomes one with :func:`from_factors`. Linear decay, cosine and warm-up themselv
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from toolkit.fleet.schedules import Schedule
 
 __all__ = [
     "NormRecorder",
+    "OwnSchedules",
     "fit_power_schedule",
     "from_factors",
     "infinite",
@@ -63,6 +64,34 @@ class NormRecorder(Wrapper):
         if step.number < self.steps:
             step.state["norms"][:, step.number] = step.gradient.norm(self.order, dim=1)
         super().take(step)
+
+
+@dataclass(frozen=True)
+class OwnSchedules(Wrapper):
+    """An optimiser that gives each member a schedule of its own: learning rate times ``factors`` ``(members, steps)``.
+
+    Many schedules train as one fleet; beyond the last step the last factor holds. Train with the default, constant
+    ``schedule``. Raises ``ValueError`` for factors that are negative or not finite, or not one row for each member.
+    """
+
+    factors: Tensor = field(repr=False)
+
+    own = ("factors",)
+
+    def __post_init__(self) -> None:
+        if self.factors.ndim != 2 or self.factors.shape[1] == 0:
+            raise ValueError(f"factors: expected (members, steps), got shape {tuple(self.factors.shape)}")
+        if not bool((self.factors.isfinite() & (self.factors >= 0)).all()):
+            raise ValueError(f"factors: expected finite values of at least 0, got {self.factors.min().item()} and up")
+
+    def initial(self, parameters: Tensor) -> dict[str, Tensor]:
+        if len(parameters) != len(self.factors):
+            raise ValueError(f"factors: expected {len(parameters)} rows, one for each member, got {len(self.factors)}")
+        return {"factors": self.factors.to(parameters).clone(), **super().initial(parameters)}
+
+    def take(self, step: Step) -> None:
+        factors = step.state["factors"]
+        super().take(step._replace(rate=step.rate * factors[:, min(step.number, factors.shape[1] - 1), None]))
 
 
 @typed
