@@ -336,6 +336,26 @@ def fit_rows() -> list[Row]:
     return table
 
 
+def distil_rows() -> list[Row]:
+    """64 students of one teacher, against a part of the students one after the other, scaled to the whole."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import distil
+
+    digits = distil.Digits()
+    mine, theirs = digits.check()
+    print(f"distil: accuracy of the students ours {mine:.4f}, one by one {theirs:.4f}", file=sys.stderr)
+    peers = distil.rows(digits)
+    ours: list[float] = []
+    times: dict[str, list[float]] = {row.peer_name: [] for row in peers}
+    for _ in range(3):
+        ours.append(clock(digits.ours))
+        for row in peers:
+            times[row.peer_name].append(row.times * clock(row.peer))
+    middle = statistics.median(ours)
+    task = "64 students of one teacher"
+    return [Row(task, row.peer_name, middle, statistics.median(times[row.peer_name]), row.goal) for row in peers]
+
+
 TASKS = {
     "fleet": fleet_rows,
     "ece": ece_rows,
@@ -345,6 +365,7 @@ TASKS = {
     "metric": metric_rows,
     "forget": forget_rows,
     "fits": fit_rows,
+    "distil": distil_rows,
     "import": import_rows,
     "slider": slider_rows,
     "gpu": gpu_rows,
