@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toolkit import random
 from toolkit.checks import require_positive, require_range, typed
 from toolkit.distillation.synthetic import outputs
-from toolkit.fleet import Fleet
+from toolkit.fleet import Adam, Fleet
 from toolkit.fleet.arguments import initial_parameters
 from toolkit.fleet.devices import one_thread
 from toolkit.fleet.members import Build, Layout, fresh
@@ -51,8 +51,8 @@ def discrepancy(
     Source: Fang et al. 2019, "Data-Free Adversarial Distillation" (L1 between logits; that a constant shift of the
     logits does not count is our choice).
     """
-    centred = (values - values.mean(-1, keepdim=True) for values in (student, teacher))
-    return torch.sub(*centred).abs().mean(-1)
+    gap = torch.sub(*(values - values.mean(-1, keepdim=True) for values in (student, teacher)))
+    return (gap * gap.detach().sign()).mean(-1)  # abs(), whose second derivative loads seconds of torch's compiler
 
 
 @typed
@@ -163,7 +163,8 @@ def data_free_distil(
     drawer, drawer_layout = fresh(build_generator).to(device), Layout.of(fresh(build_generator))
     painter = int(random.key(seed, _GENERATORS))
     generator = initial_parameters(build_generator, drawer_layout, painter, streams, device).requires_grad_()
-    optimiser, painting = torch.optim.Adam([student], lr), torch.optim.Adam([generator], generator_lr)
+    adam, studied, painted = Adam(), Adam().initial(student.detach()), Adam().initial(generator.detach())
+    rates = torch.tensor([lr, generator_lr], dtype=layout.dtype, device=device)
     kept: list[tuple[Tensor, Tensor]] = []
     every = max(1, iterations // (2 * stored))
     gaps, cosines = [], []
@@ -183,8 +184,8 @@ def data_free_distil(
         for iteration in range(iterations):
             x = sample(iteration, 0)
             cost = generator_loss(outputs(module, layout.views(student), x)[0], taught(x), confidence, balance)
-            (generator.grad,) = torch.autograd.grad(cost.sum(), generator)
-            painting.step()
+            (gradient,) = torch.autograd.grad(cost.sum(), generator)
+            adam.apply(generator.detach(), gradient, painted, rates[1], None, iteration)
             for turn in range(student_steps):
                 with torch.no_grad():
                     x = sample(iteration, turn + 1)
@@ -202,8 +203,7 @@ def data_free_distil(
                 if turn == 0:
                     gaps.append(value.detach())
                     cosines.append(cosine)
-                student.grad = gradient
-                optimiser.step()
+                adam.apply(student.detach(), gradient, studied, rates[0], None, iteration * student_steps + turn)
             if iteration % every == 0:
                 kept = [*kept, (x, target)][-stored:]
     students = Fleet(build, student.detach(), seed, streams.to(device))

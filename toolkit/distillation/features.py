@@ -152,8 +152,11 @@ def rkd_distance(
     n = len(student)
     _require_batch("student", student, 2)
 
-    def table(x: Tensor) -> Tensor:
-        distances = _root((x[:, None] - x[None]).square().sum(-1))
+    def table(x: Tensor) -> Tensor:  # by inner products of centred features: no table of batch² differences
+        x = x - x.mean(0)
+        products = x @ x.mT
+        lengths = products.diagonal(dim1=-2, dim2=-1)
+        distances = _root((lengths[:, None] + lengths[None] - 2 * products).clamp_min(0))
         return _over(distances, distances.sum() / (n * (n - 1)))
 
     return _huber(table(student) - table(teacher)).sum(1) / (n - 1)

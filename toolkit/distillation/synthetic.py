@@ -6,7 +6,7 @@ that of experts are in :mod:`toolkit.distillation.trajectories`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from toolkit import random
 from toolkit.checks import require_labels, require_positive, require_range, typed
+from toolkit.fleet import Adam
 from toolkit.fleet.arguments import initial_parameters
 from toolkit.fleet.devices import one_thread
 from toolkit.fleet.members import Build, Layout, fast_forward, fresh, has_fast_path
@@ -295,23 +296,24 @@ def optimise_points(
     iterations: int,
     lr: float,
     snapshots: Sequence[int],
-    others: Sequence[dict[str, Any]] = (),
+    others: Mapping[Tensor, float] | None = None,
 ) -> Synthetic:
-    """Adam on the images, which ``loss(images, iteration)`` judges."""
+    """Adam on the images, which ``loss(images, iteration)`` judges, and on ``others``, each with its own rate."""
     at_least_one(iterations=iterations)
     require_positive("lr", lr)
     if outside := sorted(moment for moment in snapshots if not 0 <= moment <= iterations):
         raise ValueError(f"snapshots: expected iterations from 0 to {iterations}, got {outside}")
     images = images.detach().clone().requires_grad_()
-    optimiser = torch.optim.Adam([{"params": [images], "lr": lr}, *others])
-    free = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    rated = {images: lr, **(others or {})}
+    free, rates = list(rated), [torch.as_tensor(rate).to(images) for rate in rated.values()]
+    states = [Adam().initial(parameter.detach()) for parameter in free]
     kept, history = {0: images.detach().clone()}, []
     with one_thread():
         for iteration in range(iterations):
             value = loss(images, iteration)
-            for parameter, gradient in zip(free, torch.autograd.grad(value, free), strict=True):
-                parameter.grad = gradient
-            optimiser.step()
+            gradients = torch.autograd.grad(value, free)
+            for parameter, gradient, state, rate in zip(free, gradients, states, rates, strict=True):
+                Adam().apply(parameter.detach(), gradient, state, rate, None, iteration)
             history.append(value.detach())
             kept |= {iteration + 1: images.detach().clone()} if iteration + 1 in snapshots else {}
     kept = {moment: kept[moment] for moment in sorted(set(snapshots))}

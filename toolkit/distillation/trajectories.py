@@ -192,5 +192,5 @@ def match_trajectories(
                 total = total + intermediate * trajectory_loss(flat, passed, begin).mean()
         return total + trajectory_loss(flat, table[when + span, who], begin).mean()
 
-    result = optimise_points(images, labels, loss, iterations, lr, snapshots, [{"params": [log_rate], "lr": rate_lr}])
+    result = optimise_points(images, labels, loss, iterations, lr, snapshots, {log_rate: rate_lr})
     return Synthetic(result.x, result.y, result.snapshots, result.history, float(log_rate.detach().exp()))
