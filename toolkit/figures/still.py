@@ -29,7 +29,7 @@ def style() -> None:
     from cycler import cycler
     from matplotlib_inline.config import InlineBackend
 
-    InlineBackend.instance().print_figure_kwargs = {}  # the layout fits; to crop a figure is to draw it twice
+    InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}  # "tight" would draw each figure twice
     mpl.rcParams.update(
         {
             "axes.prop_cycle": cycler(color=COLORS),

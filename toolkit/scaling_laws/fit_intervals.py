@@ -86,11 +86,11 @@ def _allowance(problem: Problem, theta: Tensor, value: Tensor, level: float) -> 
     the quantile times Σψ² / (n - p) over the mean of ψ' (Schrader & Hettmansperger 1980); with delta far below the
     scatter few points carry ψ', so its mean is estimated from a wider window.
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     r = residuals(problem, predictions(problem, theta))
     n, p = r.shape[1], theta.shape[1]
-    quantile = float(t.ppf((1 + level) / 2, n - p)) ** 2
+    quantile = float(stdtrit(n - p, (1 + level) / 2)) ** 2
     if math.isinf(problem.delta):
         return value * quantile / (n - p)
     clipped = r.clamp(-problem.delta, problem.delta)
