@@ -25,10 +25,11 @@ from toolkit.exercises import (
     museum,
     museum_distillation,
     scaling_laws,
+    uncertainty,
     unlearning,
 )
 
-LABS = (calibration, distillation, metric_learning, scaling_laws, unlearning)
+LABS = (calibration, distillation, metric_learning, scaling_laws, uncertainty, unlearning)
 MUSEUMS = (museum, museum_distillation)  # mistakes of public code: as many as were found, beside a lab's own exercises
 ROOMS = (*LABS, *MUSEUMS)
 NAMES = list(EXERCISES)
@@ -113,7 +114,8 @@ def distance(a, b) -> float:
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     if a.shape != b.shape:
         return math.inf
-    return torch.nan_to_num((a - b).abs(), posinf=1.0).max().item()
+    apart = torch.nan_to_num((a - b).abs(), posinf=1.0)
+    return torch.where(a.isnan() == b.isnan(), apart, 1.0).max().item()
 
 
 # --- the framework ---------------------------------------------------------------------------------------------------

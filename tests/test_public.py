@@ -24,7 +24,6 @@ ROOMS = (
 )
 
 WAITING = {
-    "toolkit.calibration.ledoit_wolf": "called by fit_gaussian; on its own in the second half of the calibration lab",
     "toolkit.data.cifar10": "profile large of the distillation lab",
     "toolkit.data.cifar100": "profile large of the distillation lab",
     "toolkit.data.fashion_mnist": "profile large of the unlearning lab",

@@ -1,11 +1,17 @@
-"""Can a confidence be trusted? Measures, calibrators, training losses, uncertainty and selection."""
+"""Can a confidence be trusted, and what does a net not know? Measures, calibrators, losses, uncertainty, selection."""
 
 from toolkit.calibration.adaptive_temperature import (
     CorrectnessAwareCalibrator,
     ParameterizedTemperature,
     correctness_aware_loss,
 )
-from toolkit.calibration.batch_losses import anyloss, mdca, mixup, mmce_regularised, soft_dice
+from toolkit.calibration.batch_losses import (
+    anyloss,
+    mdca,
+    mixup,
+    mmce_regularised,
+    soft_dice,
+)
 from toolkit.calibration.binned import (
     Reliability,
     ace,
@@ -25,6 +31,19 @@ from toolkit.calibration.calibrators import (
     VectorScaling,
     fit_temperature,
 )
+from toolkit.calibration.circuit_training import (
+    CircuitStudy,
+    dropout_inference_study,
+    monte_carlo_posteriors,
+    train_circuits,
+)
+from toolkit.calibration.circuits import (
+    Circuit,
+    CircuitMoments,
+    class_posterior_moments,
+    product_moments,
+    sum_moments,
+)
 from toolkit.calibration.conformal import (
     aps_scores,
     conformal_quantile,
@@ -36,8 +55,34 @@ from toolkit.calibration.conformal import (
     raps_scores,
     set_size,
 )
-from toolkit.calibration.early_exit import exit_heads, exit_rates, exit_thresholds, realised_cost
-from toolkit.calibration.ensembles import Uncertainty, ensemble_probabilities, mc_dropout, uncertainty_decomposition
+from toolkit.calibration.early_exit import (
+    exit_heads,
+    exit_rates,
+    exit_thresholds,
+    realised_cost,
+)
+from toolkit.calibration.ensembles import (
+    Uncertainty,
+    ensemble_probabilities,
+    mc_dropout,
+    uncertainty_decomposition,
+)
+from toolkit.calibration.gflowout import (
+    GFlowOut,
+    MaskPass,
+    gflowout_probabilities,
+    mask_log_probability,
+    train_gflowout,
+    trajectory_balance,
+)
+from toolkit.calibration.label_metric import (
+    UnseenLabelStudy,
+    frechet_cost,
+    frechet_mean,
+    graph_metric,
+    predictable_labels,
+    unseen_label_study,
+)
 from toolkit.calibration.losses import (
     aldr_kl,
     aldr_temperature,
@@ -54,6 +99,24 @@ from toolkit.calibration.losses import (
     ps_kd,
     z_loss,
 )
+from toolkit.calibration.mask_enumeration import (
+    GFlowOutStudy,
+    MaskPosterior,
+    gflowout_study,
+    mask_divergence,
+    mask_posterior,
+)
+from toolkit.calibration.missing import (
+    MissingStudy,
+    PromissingMLP,
+    missing_features_study,
+    promissing_linear,
+    remove_features,
+)
+from toolkit.calibration.mixture_density import (
+    MixtureFit,
+    fit_mixture,
+)
 from toolkit.calibration.novelty import (
     CostarrFit,
     GaussianFit,
@@ -67,7 +130,20 @@ from toolkit.calibration.novelty import (
     max_probability_score,
     open_set_area,
 )
-from toolkit.calibration.one_vs_rest import BetaCalibration, HistogramBinning, IsotonicCalibration, PlattScaling
+from toolkit.calibration.one_vs_rest import (
+    BetaCalibration,
+    HistogramBinning,
+    IsotonicCalibration,
+    PlattScaling,
+)
+from toolkit.calibration.posterior_samples import (
+    effective_sample_size,
+    gaussian_stationary_covariance,
+    langevin,
+    mlp_log_density,
+    parameter_groups,
+    sample_posteriors,
+)
 from toolkit.calibration.rashomon import (
     RashomonCapacity,
     ambiguity,
@@ -77,6 +153,37 @@ from toolkit.calibration.rashomon import (
     rashomon_capacity,
     rashomon_members,
     viable_prediction_range,
+)
+from toolkit.calibration.regression import (
+    RegressionTask,
+    Regressors,
+    SpreadParts,
+    error_correlation,
+    error_prediction,
+    gaussian_kl,
+    heteroscedastic,
+    interval_coverage,
+    noisy_gap_task,
+    noisy_gap_truth,
+    spread_decomposition,
+    train_regressors,
+)
+from toolkit.calibration.score_levels import (
+    level_moments,
+    one_hot_levels,
+    rating_task,
+    score_level_predictions,
+    soft_levels,
+    thurstone_fidelity,
+)
+from toolkit.calibration.score_norms import (
+    data_score,
+    learnt_score,
+    mixture_novelty,
+    neighbour_novelty,
+    noise_scales,
+    score_matching_loss,
+    score_norm_features,
 )
 from toolkit.calibration.scores import (
     Murphy,
@@ -96,7 +203,20 @@ from toolkit.calibration.selective import (
     fpr_at_tpr,
     risk_coverage,
 )
-from toolkit.calibration.smooth import ks_error, mmce, skce, smooth_ece
+from toolkit.calibration.smooth import (
+    ks_error,
+    mmce,
+    skce,
+    smooth_ece,
+)
+from toolkit.calibration.stability import (
+    AccuracyLine,
+    StabilityStudy,
+    accuracy_line,
+    matched_box_stability,
+    prediction_overlap,
+    stability_study,
+)
 from toolkit.calibration.study import (
     RankCorrelations,
     accuracy_calibration,
@@ -104,29 +224,56 @@ from toolkit.calibration.study import (
     rank_agreement_gap,
     rank_correlations,
 )
+from toolkit.calibration.unleashing import (
+    UnleashStudy,
+    estimated_constraint,
+    flooding,
+    mask_weights,
+    unleash,
+    unleash_by_mask,
+    unleashing_study,
+)
 
 __all__ = [
+    "AccuracyLine",
     "BetaCalibration",
+    "Circuit",
+    "CircuitMoments",
+    "CircuitStudy",
     "CorrectnessAwareCalibrator",
     "CostarrFit",
     "DirichletCalibration",
     "EnsembleTemperatureScaling",
+    "GFlowOut",
+    "GFlowOutStudy",
     "GaussianFit",
     "HistogramBinning",
     "IsotonicCalibration",
+    "MaskPass",
+    "MaskPosterior",
     "MatrixScaling",
+    "MissingStudy",
+    "MixtureFit",
     "Murphy",
     "ParameterizedTemperature",
     "PlattScaling",
+    "PromissingMLP",
     "RankCorrelations",
     "RashomonCapacity",
+    "RegressionTask",
+    "Regressors",
     "Reliability",
     "RiskCoverage",
     "ScoreSplit",
+    "SpreadParts",
+    "StabilityStudy",
     "TemperatureScaling",
     "Uncertainty",
+    "UnleashStudy",
+    "UnseenLabelStudy",
     "VectorScaling",
     "accuracy_calibration",
+    "accuracy_line",
     "ace",
     "aldr_kl",
     "aldr_temperature",
@@ -137,6 +284,7 @@ __all__ = [
     "auroc",
     "brier",
     "calibration_refinement",
+    "class_posterior_moments",
     "classwise_ece",
     "confidence_auroc",
     "confidence_penalty",
@@ -146,46 +294,85 @@ __all__ = [
     "coverage",
     "coverage_law",
     "cross_entropy",
+    "data_score",
     "debiased_ece",
     "disagreement",
     "discrepancy",
     "distance_threshold",
     "dropout_candidates",
+    "dropout_inference_study",
     "dual_focal",
     "early_stopping_sets",
     "ece",
+    "effective_sample_size",
     "energy_score",
     "ensemble_probabilities",
+    "error_correlation",
+    "error_prediction",
+    "estimated_constraint",
     "excess_aurc",
     "exit_heads",
     "exit_rates",
     "exit_thresholds",
     "fit_costarr",
     "fit_gaussian",
+    "fit_mixture",
     "fit_temperature",
+    "flooding",
     "focal",
     "fpr_at_tpr",
+    "frechet_cost",
+    "frechet_mean",
+    "gaussian_kl",
+    "gaussian_stationary_covariance",
+    "gflowout_probabilities",
+    "gflowout_study",
+    "graph_metric",
+    "heteroscedastic",
+    "interval_coverage",
     "ks_error",
     "label_smoothing",
     "lac_scores",
+    "langevin",
     "ldr_kl",
+    "learnt_score",
     "ledoit_wolf",
+    "level_moments",
     "limited_confidence",
     "log_softmax",
     "mahalanobis_distance",
+    "mask_divergence",
+    "mask_log_probability",
+    "mask_posterior",
+    "mask_weights",
+    "matched_box_stability",
     "max_probability_score",
     "mc_dropout",
     "mce",
     "mdca",
+    "missing_features_study",
+    "mixture_novelty",
     "mixup",
+    "mlp_log_density",
     "mmce",
     "mmce_regularised",
+    "monte_carlo_posteriors",
     "murphy",
+    "neighbour_novelty",
     "nll",
+    "noise_scales",
+    "noisy_gap_task",
+    "noisy_gap_truth",
+    "one_hot_levels",
     "open_set_area",
+    "parameter_groups",
     "pass_at_n",
     "pass_at_n_from_samples",
+    "predictable_labels",
+    "prediction_overlap",
     "prediction_sets",
+    "product_moments",
+    "promissing_linear",
     "proper_score_split",
     "ps_kd",
     "rank_agreement",
@@ -194,16 +381,35 @@ __all__ = [
     "raps_scores",
     "rashomon_capacity",
     "rashomon_members",
+    "rating_task",
     "realised_cost",
     "reliability",
+    "remove_features",
     "risk_coverage",
+    "sample_posteriors",
+    "score_level_predictions",
+    "score_matching_loss",
+    "score_norm_features",
     "set_size",
     "skce",
     "smooth_ece",
     "soft_dice",
+    "soft_levels",
+    "spread_decomposition",
+    "stability_study",
+    "sum_moments",
     "tace",
+    "thurstone_fidelity",
     "top_label",
+    "train_circuits",
+    "train_gflowout",
+    "train_regressors",
+    "trajectory_balance",
     "uncertainty_decomposition",
+    "unleash",
+    "unleash_by_mask",
+    "unleashing_study",
+    "unseen_label_study",
     "viable_prediction_range",
     "z_loss",
 ]
