@@ -158,6 +158,16 @@ def loss_parts(module, x, y, kind, beta, examples=None, shared=1, seed=3):
     return gflowout_loss(module, batch, {"beta": beta}, kind, examples, shared)
 
 
+@pytest.mark.parametrize("kind", ["dropout", "id", "sample"])
+def test_new_generators_draw_from_the_prior(kind):
+    x, y = points()
+    model = GFlowOut(5, (6, 4), 3, kind, (2, 2), keep=0.8).double()
+    trace = model(x[:2], masks=MASKS[[15, 5]], y=y[:2], trace=True)
+    expected = torch.tensor([4 * np.log(0.8), 2 * np.log(0.8) + 2 * np.log(0.2)])
+    torch.testing.assert_close(trace.log_q, expected)
+    torch.testing.assert_close(trace.log_p, expected)
+
+
 def test_losses_by_formula():
     x, y = points(6)
     module = net("sample")

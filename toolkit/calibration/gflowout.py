@@ -278,7 +278,7 @@ def train_gflowout(
     ``(n, ...)`` and ``y`` ``(n,)``. ``beta``: power of the likelihood, one number or one per member. ``shared``:
     examples per mask for ``id``. ``start`` with ``freeze`` trains generators for nets that stay as they are.
     ``options`` are those of ``train``. Raises ``ValueError`` for labels out of range, ``beta`` that is not positive and
-    ``freeze`` without ``start``.
+    ``freeze`` without ``start``. Source: Liu et al. 2023, "GFlowOut: Dropout with Generative Flow Networks".
     """
     fields = dict(data.as_dict() if hasattr(data, "as_dict") else data)
     require_labels("data['y']", fields["y"], classes)

@@ -29,7 +29,8 @@ def style() -> None:
     from cycler import cycler
     from matplotlib_inline.config import InlineBackend
 
-    InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}  # "tight" would draw each figure twice
+    uncropped: dict[str, Any] = {"bbox_inches": None}  # "tight" would draw each figure twice
+    InlineBackend.instance().print_figure_kwargs = uncropped
     mpl.rcParams.update(
         {
             "axes.prop_cycle": cycler(color=COLORS),
