@@ -113,3 +113,19 @@ def test_study_repeats_itself():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_draws_that_leave_no_path_answer_with_the_prior():
+    fleet = fleet_of(1, depth=2, sums=2, repetitions=1)
+    posteriors, logs = monte_carlo_posteriors(fleet, points(3, 8).float(), 0.6, 200)
+    nothing = logs.isneginf().all(-1)
+    assert nothing.any()
+    assert not nothing.all()
+    assert posteriors.isfinite().all()
+    assert torch.equal(posteriors[nothing], torch.full_like(posteriors[nothing], 1 / 3))
+
+
+@pytest.mark.parametrize("samples", [(), (0, 4), (1,)])
+def test_a_study_needs_two_draws(samples):
+    with pytest.raises(ValueError, match=r"^samples: expected counts of at least 1"):
+        dropout_inference_study(samples=samples)

@@ -382,6 +382,7 @@ def test_bad_input():
         ({"step": 0.0}, "step: expected a number greater than 0"),
         ({"step": 5.0, "steps": 2000}, "step: expected one small enough"),
         ({"keep": 0.0}, "keep: expected a probability"),
+        ({"steps": 0}, "steps: expected"),
         ({"burn": 10}, "burn"),
         ({"thin": 11}, "thin"),
         ({"groups": torch.tensor([0, 2, 2])}, "groups: expected every number"),

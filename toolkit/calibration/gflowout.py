@@ -308,6 +308,7 @@ def gflowout_probabilities(
     logits). Raises ``ValueError`` for fewer than one draw."""
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, got {draws}")
-    return fleet.evaluate(
+    found = fleet.evaluate(
         lambda model, batch, _: mc_dropout(model, batch.x, batch.key, draws).softmax(-1).mean(0), {"x": x}, seed=seed
     )
+    return found.to(x.device)

@@ -20,6 +20,7 @@ from toolkit.calibration.selective import auroc
 from toolkit.checks import typed
 from toolkit.data import Dataset, corrupt
 from toolkit.fleet import Fleet
+from toolkit.fleet.members import fresh
 
 __all__ = [
     "GFlowOutStudy",
@@ -90,7 +91,7 @@ def mask_divergence(fleet: Fleet, data: Any) -> Float[Tensor, "members"]:
     before, cannot go to 0 where the posterior's bits are not: it stops at the best such law. Raises ``ValueError`` for
     more than 16 bits (see :func:`mask_posterior`).
     """
-    module = fleet.build()
+    module = fresh(fleet.build)
     if not isinstance(module, GFlowOut):
         raise ValueError(f"fleet: expected one of GFlowOut nets, got one of {type(module).__name__}")
     kind, bits = module.kind, sum(module.bits)

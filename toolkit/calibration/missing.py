@@ -111,7 +111,7 @@ def missing_probability(
     strength: float = 2.0,
     drivers: int | None = None,
 ) -> Float[Tensor, "batch features"]:
-    """The probability that each entry of ``x`` goes missing; its mean is ``rate``.
+    """The probability that each entry of ``x`` goes missing; its mean over what can is ``rate``.
 
     - ``"mcar"``, completely at random: ``rate`` everywhere;
     - ``"mar"``, at random given what is seen: sigmoid(strength · u + c) with u the standardised mean of the first

@@ -129,7 +129,7 @@ def fit_mixture(
     if readable(features) and not bool(features.isfinite().all()):
         raise ValueError("features: expected finite values, got some that are not")
 
-    x = features.detach().double()
+    x, key = features.detach().double(), key.to(features.device)
     centre, scale = x.mean(0), x.std(0, correction=0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     z = (x - centre) / scale

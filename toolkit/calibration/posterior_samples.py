@@ -120,8 +120,8 @@ def langevin(
         step: ε, in squared units of θ; stable below 4 over the largest curvature for ``joint``.
         groups: group 0 .. M - 1 of each parameter (by default one group for all: ``joint``).
 
-    Raises ``ValueError`` for a step, keep, burn or thin out of range, groups with gaps, fewer than two chains where
-    history is needed, and chains that leave the finite numbers.
+    Raises ``ValueError`` for a step, keep, steps, burn or thin out of range, groups with gaps, fewer than two chains
+    where history is needed, and chains that leave the finite numbers.
 
     Source: Alexos, Boyd & Mandt 2022, "Structured stochastic gradient MCMC"; Welling & Teh 2011, "Bayesian learning via
     stochastic gradient Langevin dynamics". The factor M / E Σ r is our reading (published code leaves out
@@ -129,8 +129,9 @@ def langevin(
     """
     chains, size = start.shape
     require_positive("step", step)
-    require_range("burn", burn, 0, max(steps - 1, 0))
-    require_range("thin", thin, 1, max(steps - burn, 1))
+    require_positive("steps", steps)
+    require_range("burn", burn, 0, steps - 1)
+    require_range("thin", thin, 1, steps - burn)
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a probability in (0, 1], got {keep}")
     groups = torch.zeros(size, dtype=torch.int64, device=start.device) if groups is None else groups
@@ -138,7 +139,7 @@ def langevin(
     joint = form == "joint" or count == 1 or (form == "dropout" and keep == 1)
     if not joint and chains < 2:
         raise ValueError(f"start: expected at least 2 chains, each other's history, got {chains}")
-    theta, dtype = start.detach(), start.dtype
+    theta, dtype, key = start.detach(), start.dtype, key.to(start.device)
     order = torch.arange(chains, device=theta.device)
     draws: list[Tensor] = []
     for first in range(0, steps, _BLOCK):
@@ -215,7 +216,8 @@ def effective_sample_size(draws: Float[Tensor, "chains draws parameters"]) -> Fl
     τ = -1 + 2 Σ_k P_k with P_k = ρ_2k + ρ_2k+1 the sums of autocorrelations at neighbouring lags, up to the first that
     is not positive and made non-increasing (Geyer's initial monotone sequence). Autocovariances are averaged over
     chains, and ρ_t = 1 - (W - c_t) / V, where V adds the variance between the chains' means. Compare forms by
-    n / (τ · gradients). Parameters that never move have τ = n, one draw. Raises ``ValueError`` for fewer than 4 draws.
+    n / (τ · gradients). Parameters that never move have τ = n, one draw; τ is at least 1 / log10 n. Raises
+    ``ValueError`` for fewer than 4 draws.
 
     Source: Geyer 1992, "Practical Markov chain Monte Carlo"; over chains as in Gelman et al. 2013, "Bayesian data
     analysis", section 11.5.

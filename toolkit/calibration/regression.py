@@ -266,19 +266,20 @@ class Regressors:
     def predict(self, x: Tensor) -> dict[str, Predictions]:
         """Method → mean and spread, both ``(seeds, points)``, at the inputs ``x`` ``(points, 1)``.
 
-        ``base``, ``hts``, ``kl``, and ``dup_<kind>_<held-out set>`` (whose mean is the base's).
+        ``base``, ``hts``, ``kl``, and ``dup_<kind>_<held-out set>`` (whose mean is the base's), on the device of ``x``.
         """
-        outputs = self.first.logits(x, chunk=len(self.first)).unflatten(0, (len(_OBJECTIVES), self.seeds))
+        outputs = self.first.logits(x, chunk=len(self.first)).to(x.device)
+        outputs = outputs.unflatten(0, (len(_OBJECTIVES), self.seeds))
         means, spreads = outputs[..., 0], _first_spread(outputs)
         found = {name: Predictions(means[i], spreads[i]) for i, name in enumerate(_OBJECTIVES)}
-        found["base"] = Predictions(means[0], self.residual[:, None].expand_as(means[0]))
+        found["base"] = Predictions(means[0], self.residual.to(x.device)[:, None].expand_as(means[0]))
         inputs = _second_inputs(self.first[: self.seeds], x).repeat(len(self.names), 1, 1)
         predicted = self.second.evaluate(
             lambda model, batch, hyper: _second_spread(model(batch.x)),
             {},
             member_data={"x": inputs},
             chunk=len(self.second),
-        )
+        ).to(x.device)
         for name, spread in zip(self.names, predicted.unflatten(0, (len(self.names), self.seeds)), strict=True):
             found[name] = Predictions(means[0], spread)
         return found
@@ -320,7 +321,6 @@ def train_regressors(
     kinds: Sequence[_Kind] = ("hts", "squared", "absolute"),
     hidden: Sequence[int] = (32, 32),
     steps: int = 300,
-    second_steps: int | None = None,
     batch: int = 32,
     lr: float = 1e-2,
     seed: int = 0,
@@ -382,7 +382,7 @@ def train_regressors(
             "x": torch.cat([part.repeat(copies, 1, 1) for part in inputs]),
             "error": torch.cat([part.repeat(copies, 1) for part in errors]),
         },
-        steps=second_steps or steps,
+        steps=steps,
         optimiser=Adam(lr / 2),
         hyper={"kind": torch.tensor([known.index(k) for k in kinds] * len(held_out)).float().repeat_interleave(seeds)},
         streams=torch.arange(seeds).repeat(copies * len(held_out)),

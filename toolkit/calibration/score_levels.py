@@ -162,7 +162,7 @@ def thurstone_fidelity(
 
     Thurstone: a is preferred to b with probability P = Φ((μ_a - μ_b) / √(σ_a² + σ_b²)). With Q for the net, one pair
     costs 1 - √(P Q) - √((1 - P)(1 - Q)), from 0 (equal) to 1; ``eps`` is added to each product under a root, and to the
-    people's variance, so that a cost can be -√eps. The net's spreads are 1 where ``spreads`` is None, as in the paper's
+    sums of variances, so that a cost can be -√eps. The net's spreads are 1 where ``spreads`` is None, as in the paper's
     training script, and no gradient flows through them otherwise. Only differences count: adding a number to all scores
     costs nothing, which lets data sets with different scales train together; with spreads of 1 the best difference is
     √2 (μ_a - μ_b) / √(σ_a² + σ_b²), *not* that of the means. Raises ``ValueError`` for fewer than 2 examples.
@@ -268,5 +268,5 @@ def score_level_predictions(
     means, spreads = fleet.evaluate(
         lambda model, batch, hyper: level_moments(model(batch.x).softmax(-1)), {"x": x}, chunk=len(fleet)
     )
-    means, spreads = (part.unflatten(0, (len(labels), seeds)) for part in (means, spreads))
+    means, spreads = (part.to(x.device).unflatten(0, (len(labels), seeds)) for part in (means, spreads))
     return {name: Predictions(means[i], spreads[i]) for i, name in enumerate(labels)}

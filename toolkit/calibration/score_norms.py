@@ -130,7 +130,8 @@ def learnt_score(fleet: Fleet) -> Score:
 
     def score(x: Tensor, sigma: Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        return -field(*_preserving(x, sigma), None) / sigma
+        found = field(*_preserving(x.to(fleet.device), sigma.to(fleet.device)), None)
+        return -found.to(x.device) / sigma
 
     return score
 

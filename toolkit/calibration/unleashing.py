@@ -22,6 +22,7 @@ from toolkit.calibration.selective import auroc
 from toolkit.checks import require_range, typed
 from toolkit.data import digits, label_noise, splits
 from toolkit.fleet import SGD, Adam, Fleet, cosine, each, train
+from toolkit.fleet.members import fresh
 from toolkit.models import MLP
 
 __all__ = [
@@ -184,7 +185,7 @@ def unleash_by_mask(
     "Unleashing Mask" (keeps .8). Raises ``ValueError`` for a share outside [0, 1].
     """
     require_range("keep", keep, 0, 1)
-    module = fleet.build()
+    module = fresh(fleet.build).to(fleet.device)
 
     def loss(model: Any, batch: Any, hyper: Any) -> Tensor:
         weights = _masked(batch.trained.parameters, model.parameters, keep)
